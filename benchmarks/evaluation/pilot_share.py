@@ -91,6 +91,8 @@ def main() -> None:
         row = (time.process_time() - begun) / 16
     shares = ", ".join(f"{name} {seconds / total:.1%}" for name, seconds in clock.spent.items())
     print(f"{count} of {side}x{side}x3, {1000 * row:.2f} ms a row: {total:.1f} s, {shares}")
+    process = sum(clock.spent.values()) / time.process_time()
+    print(f"both {process:.1%} of the process, which imports torch")
     print("; ".join(result.notes))
 
 

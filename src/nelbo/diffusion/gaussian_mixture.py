@@ -217,10 +217,14 @@ class GaussianMixtureEnsemble:
     """
 
     def __init__(self, e: Tensor) -> None:
-        most = max(1, len(e) // max(FEWEST, min(RANK, e.shape[1])))
         principal = Principal(e)
-        sizes = sorted({min(most, n) for n in SIZES})
-        self.mixtures = [Mixture(principal, size) for size in sizes]
+        self.mixtures = [Mixture(principal, size) for size in self.sizes(*e.shape)]
+
+    @staticmethod
+    def sizes(count: int, dims: int) -> list[int]:
+        """Return the components of each mixture, of so many examples and dimensions."""
+        most = max(1, count // max(FEWEST, min(RANK, dims)))
+        return sorted({min(most, size) for size in SIZES})
 
     def odds(self, z: Tensor, alpha: Tensor, values: Tensor) -> Tensor:
         """Return the mean of `Mixture.odds`, (B, D, K)."""
@@ -338,17 +342,32 @@ def _mixed(log_w: Tensor, mean: Tensor, variance: Tensor, values: Tensor) -> Ten
     return logits.sub_(most).exp_().sum(-3).log_().add_(most.squeeze(-3))
 
 
+def _clusters(e: Tensor, count: int) -> Tensor:
+    """Return the cluster of each row by k-means, as zeros and ones, (C, N).
+
+    The first centres are rows far from each other (Arthur and Vassilvitskii 2007). SciPy would
+    take half a second to import.
+    """
+    generator, centres = torch.Generator().manual_seed(0), e[:1]
+    while len(centres) < count:
+        far = torch.cdist(e, centres).amin(1).square() + 1e-300  # all rows may be equal
+        centres = torch.cat([centres, e[torch.multinomial(far.cpu(), 1, generator=generator)]])
+    for _ in range(STEPS):
+        nearest = torch.cdist(e, centres).argmin(1)
+        found = one_hot(nearest, count).to(e).T
+        rows, before = found.sum(1)[:, None], centres
+        centres = torch.where(rows > 0, found @ e / rows, before)
+        if torch.equal(centres, before):
+            break
+    return found
+
+
 def _fit_components(e: Tensor, components: int, floor: float) -> tuple[Tensor, Tensor, Tensor]:
     """Return log w_c, (C,), means, (C, R), and covariances, (C, R, R), by EM from k-means.
 
     scikit-learn would take a second to import, which few measurements are worth.
     """
-    from scipy.cluster.vq import kmeans2
-
-    with warnings.catch_warnings(), np.errstate(all="ignore"):
-        warnings.simplefilter("ignore")  # of empty clusters: any mixture will do
-        _, nearest = kmeans2(e.cpu().numpy(), components, STEPS, minit="++", seed=0)
-    share = one_hot(torch.as_tensor(nearest).long(), components).to(e).T  # P(c|e), (C, N)
+    share = _clusters(e, components)  # P(c|e), (C, N)
     least, before = floor * torch.eye(e.shape[1]).to(e), -math.inf
     for _ in range(STEPS):
         count = share.sum(1).clamp(min=1e-10)  # a component may have lost its examples

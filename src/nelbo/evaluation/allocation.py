@@ -36,6 +36,7 @@ from nelbo.diffusion.times import TimeDiscretization, stratified
 from nelbo.evaluation.intervals import apart
 from nelbo.evaluation.time_density import TimeDensity
 from nelbo.evaluation.time_density import even as even_density
+from nelbo.evaluation.variate import together
 
 if TYPE_CHECKING:
     from nelbo.evaluation.control_variates import ControlVariates
@@ -171,7 +172,8 @@ def pilot(strata: Strata, controls: "ControlVariates", batch: Batch, calls: int)
     once, index = example.unique(return_inverse=True)
     some = batch[once].to(controls.model.device)
     cost, v = strata.draw(controls, some[index], stratum, place)
-    phi = torch.cat([controls.between(part) for part in some.x.split(256)])[index, stratum]
+    examples = some.x.split(together(controls.model.dims))
+    phi = torch.cat([controls.between(part) for part in examples])[index, stratum]
     alike = _alike(index, stratum, cost, v)
     if not stratum[alike].bincount(minlength=strata.count).all():
         return even(strata, controls, DOUBT)

@@ -41,7 +41,7 @@ from nelbo.evaluation import gaussian_variates, symbol_variates  # noqa: F401  t
 from nelbo.evaluation.intervals import FAR, apart
 from nelbo.evaluation.price import SHARE, Budget, Work
 from nelbo.evaluation.time_density import FITTED
-from nelbo.evaluation.variate import Candidate, ControlVariate, rows_cached, variates_of
+from nelbo.evaluation.variate import Candidate, ControlVariate, rows_cached, together, variates_of
 
 
 class ControlVariates:
@@ -92,7 +92,7 @@ class ControlVariates:
             else:
                 self.left_out.append(candidate.name)
         self.calls += pairs and any(part.paired for part in self.parts)
-        phi = torch.cat([self._phi(part) for part in some.split(256)])
+        phi = torch.cat([self._phi(part) for part in some.split(together(model.dims))])
         self.centre = phi.mean(0)
         spread = (phi - self.centre).square().mean(0).sqrt()
         self.spread = torch.where(spread > 0, spread, 1.0)

@@ -14,7 +14,7 @@ from typing_extensions import override
 from nelbo._utils.numerics import over
 from nelbo.diffusion.distributions import kl
 from nelbo.diffusion.gaussian import GaussianDiffusion
-from nelbo.diffusion.gaussian_mixture import FEWEST, GaussianMixtureEnsemble
+from nelbo.diffusion.gaussian_mixture import FEWEST, RANK, GaussianMixtureEnsemble
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.parametrization import log_frequencies
 from nelbo.diffusion.prediction import LevelTable, level_evidence
@@ -29,12 +29,16 @@ from nelbo.evaluation.variate import (
     ControlVariate,
     of_symbol,
     rows_cached,
+    together,
     variates_of,
 )
 
 NODES, REACH = 8, 6.0  # of the integral over ε, from -REACH to REACH
 TOGETHER = 2**17  # numbers of the table's integrals that are computed together, about
-OF_A_DRAW = 2000  # passes in the time of the calls for a draw, however few numbers it has
+CALLS = (
+    1.5e5  # passes in the time of the calls of functions for some examples, however few numbers
+)
+OF_A_COMPONENT = 55  # passes over a number for a component of a mixture
 FINEST = 64  # levels up to which contexts pay off, as they need the probability of each level
 
 
@@ -284,28 +288,34 @@ class MixtureFeatures(ControlVariate):
 def _(process: GaussianDiffusion, model: Model, x: Tensor, edges: Tensor) -> list[Candidate]:
     count, dims, strata, levels = len(x), model.dims, len(edges), process.codes
     whole = dims <= WIDEST  # with covariances of all dimensions
-    # into eigenvectors
-    turn = dims * sum(size for size in axes_of(model) if size <= WIDEST) / PASS * 4
+    calls = CALLS / together(dims)
+    sizes = [size for size in axes_of(model) if size <= WIDEST]
+    # into eigenvectors: products of float64, which take twice the time of a network's
+    turn = 4 * dims * sum(sizes) / PASS
+    eigen = CALLS + sum(size**3 for size in sizes) / 16
     e = cache(lambda: process.embed(x).flatten(1).double())
     found = [
         Candidate(
             "the denoiser of a Gaussian",
             Work(
-                count * (5 * dims + turn),
-                8 * dims + turn,
-                whole * (OF_A_DRAW + 3 * dims + 2 * turn),
+                eigen + count * (5 * dims + turn),
+                calls + 8 * dims + turn,
+                whole * (2 * calls + 3 * dims + 2 * turn),
             ),
             lambda: LinearVariate(model, x, edges),
         )
     ]
     mixtures = cache(lambda: GaussianMixtureEnsemble(e()))
     clustered = whole and count >= FEWEST
-    odds = dims * (600 + dims) if clustered else 0
+    components = sum(GaussianMixtureEnsemble.sizes(count, dims)) if clustered else 0
+    odds = clustered * 14 * calls + OF_A_COMPONENT * components * dims
+    step = OF_A_COMPONENT * components * (4 + min(dims, RANK))  # of EM, all steps
+    fit = clustered * eigen + count * step
     if clustered:
         found.append(
             Candidate(
                 "mixtures of Gaussians",
-                Work(count * odds, odds, 0.0),
+                Work(fit, odds, 0.0),
                 lambda: MixtureFeatures(model, mixtures()),
             )
         )
@@ -318,9 +328,9 @@ def _(process: GaussianDiffusion, model: Model, x: Tensor, edges: Tensor) -> lis
             Candidate(
                 "the denoiser of independent levels",
                 Work(
-                    2 * NODES * integrals + 9 * count * dims + moved * count * odds,
-                    6 * dims,
-                    2 * contexts * (1 + moved) + moved * odds,
+                    2 * NODES * integrals + 9 * count * dims + moved * fit,
+                    calls + 12 * dims,
+                    (14 * calls if contexts else 0) + 2 * contexts * (1 + moved) + moved * odds,
                 ),
                 lambda: LevelVariates(model, x, edges, mixtures() if moved else None),
                 alone=levels <= FINEST and model.head.level_values is not None,

@@ -20,11 +20,11 @@ from typing_extensions import override
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.model import Model
 
-#: operations of a network in the time of a pass over one number: convolutions of 50 GFLOP/s on a
-#: core that takes 3 ns for a number, in a product of matrices 2 operations for each of both
-PASS = 150.0
-SHARE = 1 / 40  # of the operations of the network, for control variates
-FREE = 2.0**24  # passes that are never left out: a twentieth of a second
+#: operations of a network in the time of a pass over one number: of the fastest convolutions, 110
+#: GFLOP/s, on a core that takes 3 ns for a number; in a product of matrices two for each of both
+PASS = 330.0
+SHARE = 1 / 32  # of the operations of the network, for control variates
+FREE = 2.0**23  # passes that are never left out: a fortieth of a second
 LEAST = 1e-3  # price of a mask read by a surrogate, in network calls, at least
 
 

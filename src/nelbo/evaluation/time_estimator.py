@@ -41,6 +41,7 @@ from nelbo.evaluation.survey import (
     plan,
 )
 from nelbo.evaluation.time_density import FITTED, time_density
+from nelbo.evaluation.variate import together
 
 #: returns the proposal of a pilot, from strata and controls
 Pilots = Callable[[Strata, ControlVariates], Proposal]
@@ -52,7 +53,6 @@ FEW = 4  # pairs of calls of a single example, at least, for an error
 OF_PILOT = 1 / 16
 FEW_STRATA = 3  # strata of the diffusion term, at least, for a pilot to be worth its calls
 MUCH = 1 / 4  # share of the draws for the reconstruction without a pilot, at most
-TASK = 256  # draws, or examples, whose results are computed together
 
 
 def estimate_times(
@@ -219,7 +219,7 @@ def _known(controls: ControlVariates, proposal: Proposal, batch: Batch) -> Tenso
         prior = prior_term(controls.model, some.x, last).double().cpu()
         return torch.cat([prior[:, None], proposal.known(controls.between(some.x))], 1)
 
-    blocks = torch.arange(len(batch)).split(TASK)
+    blocks = torch.arange(len(batch)).split(together(controls.model.dims))
     return torch.cat(map_blocks(controls.model, batch, blocks, (0,), part))
 
 
@@ -245,7 +245,7 @@ def _draw(
     """
     spread, of_row = (draws, 1) if alone else (1, draws)
     each = [g for g, replicates in counts.items() for _ in range(replicates)]
-    size = max(1, TASK // (draws * len(blocks[0])))
+    size = max(1, together(controls.model.dims) // (draws * len(blocks[0])))
     groups = [each[i : i + size] for i in range(0, len(each), size)]
     rows = [torch.cat([blocks[g].repeat(spread) for g in group]) for group in groups]
 

@@ -18,6 +18,7 @@ LEAST = math.log(torch.finfo(torch.float64).eps)
 WIDEST = 1024  # dimensions up to which covariances are estimated; above, those of each axis
 TABLE = 2**23  # numbers in a table of symbols, at most
 HELD = 2**20  # numbers that are computed together for such a table, 8 MiB
+SMALL, FEW, MANY = 2**14, 2**8, 2**11  # numbers, and examples, that are computed together
 CACHED = 2**18  # numbers with which to compute at a time: about what the cache of a CPU holds
 
 
@@ -76,6 +77,11 @@ def variates_of(
     `@variates_of.register` adds them.
     """
     return []
+
+
+def together(dims: int) -> int:
+    """Return the number of examples, or draws, to compute together: more of few dimensions."""
+    return min(MANY, max(FEW, SMALL // dims))
 
 
 def rows_cached(x: Tensor) -> int:
