@@ -7,7 +7,7 @@ the least error of the data:
 
 A reading is refused if another is better by many standard errors and fits the data much better
 than a line. A half-trained network fits no reading so well, and several ones badly: there the
-other must have half of the error too, and not only because the outputs are too small, as those of
+other must be better by a factor too, and not only because the outputs are too small, as those of
 a lagging average of weights are. The error as given is therefore that with the best of all outputs
 from once to twice as large.
 
@@ -44,9 +44,8 @@ MORE = 4  # times as many rows where several readings are possible,
 LARGE = 2**22  # of at most this many numbers
 SNRS = (10.0, 1.0)  # of the two noise levels at which data are shown
 ERRORS = 6.0  # a reading is refused if another has an error smaller by these (of the logarithm)
-WORSE = 2.0  # at a level, and larger by at most these at another,
-FITS = 0.5  # and a mean ρ below this,
-PARTLY, FAR = 0.7, 2.0  # or below this, and an error smaller by this factor at that level;
+FITS = 0.5  # at a level, none larger at another, and a mean ρ below this;
+PARTLY, FAR, WORSE = 0.7, 2.5, 2.0  # or below this, by a factor, and larger by these at another
 SLIGHTLY, DOUBT = 1.1, 4.0  # a factor, and standard errors, with PARTLY, for a note
 ALIKE = 1.1  # factor within which errors of two readings count as the same
 TINY = 1e-12  # ρ below which it counts as 0
@@ -204,11 +203,11 @@ def _verdict(own: Tensor, zero: Tensor, twice: Tensor, errors: Mapping[str, Tens
             f" given {means['']:.2g} times"
         )
         other, at_best = errors[best], _at_best_size(own, zero, twice)
-        if _is_better(own, other) or _is_better(at_best, other, PARTLY, less=FAR):
+        if _is_better(own, other) or _is_better(at_best, other, PARTLY, less=FAR, worse=WORSE):
             raise ReadingError(
                 f"the network seems to be read wrongly: read as {best}, it has {seen}"
             )
-        if _is_better(own, other, PARTLY, DOUBT, SLIGHTLY):
+        if _is_better(own, other, PARTLY, DOUBT, SLIGHTLY, WORSE):
             return [
                 f"the network may be read wrongly: as {best}, it has {seen}, too little to be"
                 " certain: was it trained as it is read?"
@@ -238,14 +237,19 @@ def _at_best_size(own: Tensor, zero: Tensor, twice: Tensor) -> Tensor:
 
 
 def _is_better(
-    own: Tensor, other: Tensor, fits: float = FITS, errors: float = ERRORS, less: float = 1.0
+    own: Tensor,
+    other: Tensor,
+    fits: float = FITS,
+    errors: float = ERRORS,
+    less: float = 1.0,
+    worse: float = 0.0,
 ) -> bool:
     """Return whether another reading fits, and has less error, (levels, rows), at a level by
-    standard errors and a factor, and not clearly more at another.
+    standard errors and a factor, and at no other more, by standard errors.
     """
     gain, error = _gain(own, other)
     clear = (gain > math.log(less)) & (gain > errors * error)
-    return bool(other.mean() < fits and (gain > -WORSE * error).all() and clear.any())
+    return bool(other.mean() < fits and (gain > -worse * error).all() and clear.any())
 
 
 def _may_be_better(own: Tensor, other: Tensor) -> bool:
