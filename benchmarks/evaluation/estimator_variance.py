@@ -219,7 +219,8 @@ def ours(known: Known, x: Tensor, calls: int, passes: int) -> Variance:
     costs = _costs(known, x, known_costs, sampling, blocks, passes)
     parts = [costs[rows].mean(0).var() * (len(rows) / len(x)) ** 2 for rows in blocks]
     within = Variance.of(torch.stack(parts))
-    if sampling.sampled == len(sampling.sizes) and not sampling.repeated:
+    whole, halves = sampling.sampled == len(sampling.sizes), 2 * sampling.again == sampling.draws
+    if whole and (halves or not sampling.repeated):
         return within
     # (1 - n/N) s²/n, and n/N of the sample's w²/n, which is that of all; w² less by half where
     # an example is drawn twice
@@ -247,10 +248,16 @@ def _costs(
     strata, controls, proposal = known.strata, known.controls, known.proposal
     found = []
     for _ in range(passes * sampling.replicates):
-        u = torch.cat([stratified(len(rows), sampling.draws) for rows in blocks])
+        u = torch.cat([_places(sampling, g, len(rows)) for g, rows in enumerate(blocks)])
         cost = estimate(strata, controls, proposal, Batch(x), u, known_costs)
         found.append(cost.sum(1))
     return torch.stack(found, 1).view(len(x), passes, sampling.replicates).mean(2)
+
+
+def _places(sampling: SamplingPlan, g: int, rows: int) -> Tensor:
+    """Uniform draws of a block, (rows, draws): in several replicates, if they share its draws."""
+    each = sampling.draws_of(g)
+    return torch.cat([stratified(rows, each) for _ in range(sampling.draws // each)], 1)
 
 
 def learn(run: Run, times: TimeDiscretization, x: Tensor, trained: Tensor) -> Known:

@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from support import known_models
@@ -155,7 +156,7 @@ def test_the_plan_spends_what_it_may(many, examples):
         if draws * examples < 64:
             continue
         p = plan(examples, draws, many)
-        spent = sum(p.sizes[g] * n for g, n in p.counts.items()) * p.draws
+        spent = sum(p.sizes[g] * n * p.draws_of(g) for g, n in p.counts.items())
         assert sum(p.sizes) == examples and 1 <= max(p.sizes) <= FREEDOMS
         assert p.sampled <= len(p.sizes)
         assert 0.7 * draws < spent / examples <= draws
@@ -171,6 +172,20 @@ def test_blocks_without_a_pilot_are_of_one_size(examples):
     for draws in (8, 12, 24):
         p = plan(examples, draws, True, level=True)
         assert len(set(p.sizes)) == 1 and p.sizes[0] <= FREEDOMS
+
+
+def test_four_calls_leave_no_example_out(model, x):
+    """The examples that show the noise share their draws between two replicates; where further
+    rounds may follow, all replicates have as many."""
+    for draws in (2, 3):
+        halves, wholes = (plan(400, draws, False, rounds=rounds) for rounds in (False, True))
+        assert halves.sampled == len(halves.sizes) and halves.again == 1
+        assert halves.counts[0] == draws and wholes.sampled < len(wholes.sizes)
+        assert wholes.again == draws
+    result = evaluate(model, x.repeat(6, 1), calls=4)
+    assert result.visited == 6 * len(x) and result.calls_per_example <= 4
+    error = result.to_arrays()["standard_error"]
+    assert np.isfinite(error).all() and error.max() < 2 * error.min()
 
 
 @pytest.mark.slow

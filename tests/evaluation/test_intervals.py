@@ -48,6 +48,21 @@ def test_few_replicates_cover(law, replicates):
     assert 0.93 <= share <= 0.97
 
 
+@pytest.mark.parametrize("share", [1 / 2, 1 / 3, 1])
+def test_replicates_of_a_share_of_the_draws_tell_the_noise_of_the_others(share):
+    """Half of the examples have two or three, the others a single one of all draws."""
+
+    def draws():
+        single = torch.randn(N, 1).double()
+        return [torch.randn(N, max(2, round(1 / share))).double() / share**0.5, single]
+
+    found = [(drawn, errors(drawn, share=share)) for drawn in (draws() for _ in range(TRIALS))]
+    off = torch.stack([torch.cat([block.mean(1) for block in drawn]) for drawn, _ in found])
+    stated = torch.stack([each for _, each in found])
+    for part in (slice(N), slice(N, None)):
+        assert 0.93 <= (off.abs() <= 1.96 * stated)[:, part].double().mean() <= 0.97
+
+
 def test_examples_that_differ_have_errors_that_differ():
     """Half of them have ten times the noise of the others, and eight replicates tell."""
     scale = torch.tensor([1.0, 10.0]).double().repeat(N // 2)[:, None]

@@ -31,37 +31,40 @@ def root_of_sum(found):
     return torch.sqrt(share * within.sum() + (1 - share) * between.sum()).item()
 
 
-def visit(truth, blocks, replicates=REPLICATES):
-    """Costs of these blocks, with noise; the prior has none."""
+def visit(truth, blocks, replicates=REPLICATES, share=1.0):
+    """Costs of these blocks, with the noise of a share of the draws; the prior has none."""
     rows = torch.cat(blocks) if blocks else torch.empty(0, dtype=torch.long)
     noise = torch.randn(len(rows), replicates, 1 + STRATA, dtype=torch.float64)
     noise[..., 0] = 0
-    return list((truth[rows][:, None] + noise).split([len(of) for of in blocks]))
+    return list((truth[rows][:, None] + noise / share**0.5).split([len(of) for of in blocks]))
 
 
-def sample(known, truth, visited, twice=N):
+def sample(known, truth, visited, twice=N, share=1.0):
     blocks = torch.randperm(N).split(BLOCK)
     there = blocks[: visited // BLOCK]
-    return SurveyEstimate(
-        blocks, visit(truth, there[:twice]) + visit(truth, there[twice:], 1), known
+    costs = visit(truth, there[:twice], max(REPLICATES, round(1 / share)), share) + visit(
+        truth, there[twice:], 1
     )
+    return SurveyEstimate(blocks, costs, known, share=share)
 
 
 @pytest.mark.parametrize(
-    ("visited", "twice"),
+    ("visited", "twice", "share"),
     [
-        pytest.param(12, 2, id="12"),
-        pytest.param(60, 2, id="60, some twice"),
-        pytest.param(60, 20, id="60, all twice", marks=pytest.mark.slow),
-        pytest.param(N, 2, id="all, some twice", marks=pytest.mark.slow),
-        pytest.param(N, 20, id="all, all twice"),
+        pytest.param(12, 2, 1, id="12"),
+        pytest.param(60, 2, 1, id="60, some twice"),
+        pytest.param(60, 20, 1, id="60, all twice", marks=pytest.mark.slow),
+        pytest.param(N, 2, 1, id="all, some twice", marks=pytest.mark.slow),
+        pytest.param(N, 5, 1 / 2, id="all, some by halves"),
+        pytest.param(N, 5, 1 / 3, id="all, some by thirds", marks=pytest.mark.slow),
+        pytest.param(N, 20, 1, id="all, all twice"),
     ],
 )
-def test_the_mean_is_unbiased_and_its_error_true(population, visited, twice):
+def test_the_mean_is_unbiased_and_its_error_true(population, visited, twice, share):
     """The mean of 3000 means is the truth, and that of the squared errors is their variance, known
     to 2.6 %; with few blocks, or two that are visited more than once, it is a little less."""
     known, truth = population
-    found = [sample(known, truth, visited, twice) for _ in range(3000)]
+    found = [sample(known, truth, visited, twice, share) for _ in range(3000)]
     for columns in (slice(None), slice(1, 2)):  # the whole bound, and one stratum
         sums = [f._summed(columns) for f in found]
         means = torch.stack([of.means for of in sums])[:, 0]

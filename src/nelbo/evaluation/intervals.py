@@ -145,7 +145,7 @@ def apart(distance: Tensor, example: Tensor | None = None, far_is: float = FAR) 
     return ~like_others.to(distance.device)
 
 
-def errors(replicates: Sequence[Tensor], size: Tensor | None = None) -> Tensor:
+def errors(replicates: Sequence[Tensor], size: Tensor | None = None, share: float = 1.0) -> Tensor:
     """Return the stated error of the mean of each example's replicates, (n,).
 
     An outlying example has a variance of its own, or no error, NaN, if it has few replicates.
@@ -155,6 +155,7 @@ def errors(replicates: Sequence[Tensor], size: Tensor | None = None) -> Tensor:
         size: of each example, (n,), such as its number of tokens, where they differ in it: they
             share the variance relative to a power of it. The error of an example of size 0, which
             has no noise, is 0.
+        share: of the draws of a single replicate, in one of several, if some have just one.
     """
     if size is not None:
         noisy, error = size > 0, torch.zeros_like(size)
@@ -162,15 +163,16 @@ def errors(replicates: Sequence[Tensor], size: Tensor | None = None) -> Tensor:
         if noise := [block[some] for block, some in parts if some.any()]:
             scale = size[noisy] ** (_power(noise, size[noisy]) / 2)
             both = zip(noise, scale.split(list(map(len, noise))), strict=True)
-            error[noisy] = scale * errors([block / of[:, None] for block, of in both])
+            error[noisy] = scale * errors([block / of[:, None] for block, of in both], None, share)
         return error
     counts = torch.cat([torch.full((len(b),), b.shape[1]) for b in replicates])
     far = _outlying(replicates)
     error = torch.full_like(far, math.nan, dtype=torch.float64)
     if not far.all():
         parts = zip(replicates, far.split(list(map(len, replicates))), strict=True)
-        shared, freedom = _shared([near for b, f in parts if len(near := b[~f])])
-        error[~far] = (shared / counts[~far]).sqrt() * widenings(freedom)
+        shared, freedom = _shared([near for b, f in parts if len(near := b[~f])], share)
+        draws = torch.where(counts > 1, share * counts, counts)
+        error[~far] = (shared / draws[~far]).sqrt() * widenings(freedom)
     alone = torch.cat([_own(block) for block in replicates])
     enough = far & (counts >= OWN)
     error[enough] = (alone / counts)[enough].sqrt() * widened(OWN - 1)
@@ -249,20 +251,22 @@ def _own(block: Tensor) -> Tensor:
     return block.var(1) if block.shape[1] > 1 else torch.full((len(block),), math.nan).double()
 
 
-def _shared(replicates: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def _shared(replicates: Sequence[Tensor], share: float) -> tuple[Tensor, Tensor]:
     """Return variances of one replicate of each example and their degrees of freedom, (n,)."""
     own = torch.cat([_own(block) for block in replicates])
     if own.isnan().any():
-        variance, freedom = typical(replicates)
+        variance, freedom = typical(replicates, share=share)
         return variance.expand_as(own), freedom.expand_as(own)
     each = torch.cat([torch.full((len(b),), b.shape[1] - 1.0).double() for b in replicates])
     mean, weight = (each * own).sum() / each.sum(), _credibility(replicates)
-    share = weight + (1 - weight) * each / each.sum()
-    known = 1 / (share / each + (1 - share).square() / freedoms(each * own, each))
+    of_own = weight + (1 - weight) * each / each.sum()
+    known = 1 / (of_own / each + (1 - of_own).square() / freedoms(each * own, each))
     return mean + weight * (own - mean), known
 
 
-def typical(replicates: Sequence[Tensor], caution: float = 0.0) -> tuple[Tensor, Tensor]:
+def typical(
+    replicates: Sequence[Tensor], caution: float = 0.0, share: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """Return the variance of a replicate of an example that has just one, and its freedoms; (...).
 
     It is the variance over all examples, which includes rare large costs, times the share of
@@ -272,15 +276,28 @@ def typical(replicates: Sequence[Tensor], caution: float = 0.0) -> tuple[Tensor,
         replicates: of examples, in blocks (n_g, R_g, ...), less their known costs.
         caution: weight of the assumption that all differences are noise, in examples; it protects
             against few examples that happen to show none.
+        share: of the draws of a single replicate, in one of several; at least 1/R.
     """
     twice = [block for block in replicates if block.shape[1] > 1]
-    once = torch.cat([block[:, 0] for block in replicates])
-    noise = torch.cat([block.var(1) for block in twice])
-    square = torch.cat([(block - once.mean(0)).square().mean(1) for block in twice])
+    once = torch.cat([_as_single(block, share) for block in replicates])
+    noise = share * torch.cat([block.var(1) for block in twice])
+    means = torch.cat([block.mean(1) for block in twice])
+    beside = torch.cat([(share - 1 / block.shape[1]) * block.var(1) for block in twice])
+    square = (means - once.mean(0)).square() + beside
     # with few examples the noise may look small by chance
     doubt = caution**2 / len(noise) * square.mean(0)
-    share = (noise.sum(0) + doubt) / (square.sum(0) + doubt)
-    return once.var(0) * share, freedoms_of(noise, noise.new_ones(len(noise)))
+    of_noise = (noise.sum(0) + doubt) / (square.sum(0) + doubt)
+    return once.var(0) * of_noise, freedoms_of(noise, noise.new_ones(len(noise)))
+
+
+def _as_single(block: Tensor, share: float) -> Tensor:
+    """Return a number of each example with the noise of a single replicate, (n_g, ...).
+
+    `share`: of the draws of a single replicate, in one of several.
+    """
+    mean, count = block.mean(1), block.shape[1]
+    left = math.sqrt((share * count - 1) / (count - 1)) if count > 1 else 0.0
+    return mean + left * (block[:, 0] - mean)
 
 
 def _credibility(replicates: Sequence[Tensor]) -> float:

@@ -17,7 +17,8 @@ and 10.4):
 
 Most examples of a sample have one replicate, R_g = 1. Their w_i² is s² times the share of noise,
 which the examples with two replicates estimate (rare large costs raise both factors); if these are
-few, a larger share is used. w_g² = w_i²/n_g.
+few, a larger share is used. w_g² = w_i²/n_g. Their replicates may have but one of the draws, and
+then more noise in proportion.
 """
 
 import math
@@ -54,12 +55,14 @@ class SurveyEstimate:
             reconstruction, in each replicate; shapes (n_g, R_g, 1 + S).
         known: known part of these costs for all examples, shape (N, 1 + S).
         size: of all examples, (N,), if their noise grows with it; 0 for costs without noise.
+        share: of the draws of a single replicate, in one of several.
     """
 
     blocks: Sequence[Tensor]
     costs: Sequence[Tensor]
     known: Tensor
     size: Tensor | None = None
+    share: float = 1.0
 
     @property
     def rows(self) -> Tensor:
@@ -77,7 +80,7 @@ class SurveyEstimate:
         """The Monte Carlo error of each example's bound, likewise; NaN where it is unknown."""
         size = None if self.size is None else self.size[self.rows]
         left = [block[..., 0] for block in self._summed(slice(None))._left()]
-        return self._in_order(errors(left, size=size))
+        return self._in_order(errors(left, size, self.share))
 
     @property
     def exact(self) -> bool:
@@ -119,7 +122,7 @@ class SurveyEstimate:
         """Return w_i² of the examples with one replicate, (1 + S,); NaN if all have as many."""
         if len({block.shape[1] > 1 for block in self.costs}) < 2:
             return torch.full_like(self.known[0], math.nan)
-        return typical(self._joined_left(), caution)[0]
+        return typical(self._joined_left(), caution, self.share)[0]
 
     def _parts(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return independent parts of the variance of the means over S.
@@ -281,8 +284,9 @@ class SamplingPlan:
         sizes: number of examples in each block, which share strata; they add up to N.
         sampled: number of blocks to draw first.
         replicates: R, of each sampled block.
-        repeated: number of blocks with one more replicate.
+        repeated: number of blocks with one more replicate, or one for each of their draws.
         draws: of each example in each replicate.
+        again: of each in each replicate of the repeated blocks.
     """
 
     sizes: Sequence[int]
@@ -290,19 +294,27 @@ class SamplingPlan:
     replicates: int
     repeated: int
     draws: int
+    again: int
 
     @property
     def counts(self) -> dict[int, int]:
         """The sampled blocks and their numbers of replicates."""
-        return {g: self.replicates + (g < self.repeated) for g in range(self.sampled)}
+        repeated = max(self.replicates + 1, self.draws // self.again)
+        return {g: repeated if g < self.repeated else self.replicates for g in range(self.sampled)}
+
+    def draws_of(self, g: int) -> int:
+        """Return the draws of each example in a replicate of a block."""
+        return self.again if g < self.repeated else self.draws
 
 
-def plan(examples: int, draws: float, many: bool, level: bool = False) -> SamplingPlan:
+def plan(
+    examples: int, draws: float, many: bool, level: bool = False, rounds: bool = False
+) -> SamplingPlan:
     """Divide the draws between examples and replicates.
 
     With few draws per example, each example of a sample has one replicate, and some of them a
-    second one, for the error. Two replicates of all examples would need no sample, but the draws
-    of a replicate are stratified.
+    second one, for the error; or each draw of theirs is one, if this leaves no example out. Two
+    replicates of all examples would need no sample, but the draws of a replicate are stratified.
 
     Args:
         examples: N.
@@ -311,18 +323,20 @@ def plan(examples: int, draws: float, many: bool, level: bool = False) -> Sampli
             examples, or without a pilot.
         level: whether blocks are to be of one size, even if smaller, so that equally many draws of
             each fall into a stratum of given probability.
+        rounds: whether further rounds may follow, so that all replicates need as many draws.
     """
     if draws < 2 or (draws < 4 and not many and examples >= 4 * FEWEST):
         each = max(1, int(draws))
         most = int(draws * examples) // each
         most_visited = range(min(most, examples), 0, -1)
         visited = next(n for n in most_visited if n + drawn_again(n, examples) <= most)
-        twice = min(visited, most - visited)
-        again, once, later = (
-            _parts(n, FREEDOMS) for n in (twice, visited - twice, examples - visited)
-        )
+        twice, of_twice = min(visited, most - visited), each
+        if each > 1 and visited < examples and not rounds:
+            visited, twice, of_twice = examples, drawn_again(examples, examples), 1
+        parts = (twice, visited - twice, examples - visited)
+        again, once, later = (_parts(n, FREEDOMS) for n in parts)
         first = len(again) + len(once)
-        return SamplingPlan([*again, *once, *later], first, 1, len(again), each)
+        return SamplingPlan([*again, *once, *later], first, 1, len(again), each, of_twice)
     least = min(int(draws), OWN if many or examples < FEWEST else 2)
     # the number of replicates that uses the most draws
     replicates = max(range(least, 2 * least), key=lambda n: n * (int(draws) // n))
@@ -334,7 +348,8 @@ def plan(examples: int, draws: float, many: bool, level: bool = False) -> Sampli
     if level:
         of_block = min(range(of_block, of_block // 2, -1), key=lambda size: -examples % size)
     sizes = _parts(examples, of_block)
-    return SamplingPlan(sizes, len(sizes), replicates, 0, int(draws) // replicates)
+    each = int(draws) // replicates
+    return SamplingPlan(sizes, len(sizes), replicates, 0, each, each)
 
 
 def _parts(examples: int, most: int) -> list[int]:

@@ -13,7 +13,7 @@ bias it, because draws that happen to miss rare large costs look sufficient.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import chain
+from itertools import chain, groupby
 
 import torch
 from torch import Tensor
@@ -110,7 +110,8 @@ def estimate_times(
                 proposal = Proposal(*parts)
             if target is not None:
                 draws = _foreseen(proposal, count, target, per_example)
-            sampling = plan(count, draws, per_example or not piloted, level=not piloted)
+            many, rounds = per_example or not piloted, target is not None
+            sampling = plan(count, draws, many, level=not piloted, rounds=rounds)
             if not piloted:
                 proposal = even(
                     strata, controls, _first_share(model, times, sampling, controls.calls)
@@ -121,13 +122,14 @@ def estimate_times(
         given = strata, controls, proposal, batch, of_examples
         # without a pilot there is one round, of all draws of an example
         alone = not piloted and max(sampling.sizes) == 1
-        draw = partial(_draw, *given, sampling.draws, alone, tasks=tasks)
+        draw = partial(_draw, *given, sampling, alone, tasks=tasks)
         with seeded(seed, 2):
             order, turn = batch.order[torch.randperm(count)], 0
         blocks = order.split(list(sampling.sizes))
         # in a single step of masks nothing shows, and there is no noise
         single = times.steps == 1 and model.process.hides(torch.ones(1, dtype=torch.float64))
-        costs = SurveyEstimate(blocks, [], of_examples, torch.zeros(count) if single else None)
+        size, share = torch.zeros(count) if single else None, sampling.again / sampling.draws
+        costs = SurveyEstimate(blocks, [], of_examples, size, share)
         costs = costs.joined(draw(blocks, sampling.counts, (seed, 1, 0), track))
         while target is not None and costs.stated() > target:
             turn += 1
@@ -229,7 +231,7 @@ def _draw(
     proposal: Proposal,
     batch: Batch,
     known: Tensor,
-    draws: int,
+    sampling: SamplingPlan,
     alone: bool,
     blocks: Sequence[Tensor],
     counts: Mapping[int, int],
@@ -239,19 +241,22 @@ def _draw(
 ) -> dict[int, Tensor]:
     """Return the prior and the costs of the strata for some blocks, (B, R, 1 + S) each, nats.
 
-    `known`, (N, 1 + S), is of all examples; `counts` has the number of replicates R of each block,
-    with `draws` of each example. The draws of blocks of one example, if they are `alone`, are
-    independent, and R is the number `as_replicates` of them.
+    `known`, (N, 1 + S), is of all examples; `counts` has the number of replicates R of each block.
+    The draws of blocks of one example, if they are `alone`, are independent, and R is the number
+    `as_replicates` of them.
     """
-    spread, of_row = (draws, 1) if alone else (1, draws)
     each = [g for g, replicates in counts.items() for _ in range(replicates)]
-    size = max(1, together(controls.model.dims) // (draws * len(blocks[0])))
-    groups = [each[i : i + size] for i in range(0, len(each), size)]
+    groups: list[list[int]] = []
+    for draws, alike in groupby(each, sampling.draws_of):
+        some, size = [*alike], max(1, together(controls.model.dims) // (draws * len(blocks[0])))
+        groups += [some[i : i + size] for i in range(0, len(some), size)]
+    spread = sampling.draws if alone else 1
     rows = [torch.cat([blocks[g].repeat(spread) for g in group]) for group in groups]
 
     def costs_of(examples: Batch, task: int) -> list[Tensor]:
         sizes, of = [spread * len(blocks[g]) for g in groups[task]], known[rows[task]]
-        drawn = [stratified(n, of_row) for n in sizes]
+        draws = sampling.draws_of(groups[task][0]) // spread
+        drawn = [stratified(n, draws) for n in sizes]
         u = torch.cat([v.sort(0).values for v in drawn] if alone else drawn)
         costs = estimate(strata, controls, proposal, examples, u, of[:, 1:])
         return list(torch.cat([of[:, :1], costs], 1).split(sizes))
