@@ -243,6 +243,14 @@ def test_a_half_trained_network_is_measured_with_a_note(kind):
     assert "the network may be read wrongly" in note
 
 
+@pytest.mark.parametrize("kind", ["noise", "velocity"])
+def test_outputs_that_are_a_quarter_too_small_are_measured_with_a_note(kind):
+    """Those of an average of weights that lags; another reading fits, and at that size worse."""
+    exact = Exact(kind)
+    (note,) = read(lambda y, time: 0.75 * exact(y, time), **SAID[kind])
+    assert f'may be read wrongly: as predicts="{kind}" of y = x + σ ε' in note
+
+
 def test_half_trained_where_noise_is_larger_than_the_data():
     """An error of five lines, and another reading that fits: still, half of the noise is found."""
     exact, scaling = Exact("noise of sigmas"), Levels(256, -0.31, 0.69)

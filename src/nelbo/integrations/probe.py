@@ -7,9 +7,9 @@ the least error of the data:
 
 A reading is refused if another is better by many standard errors and fits the data much better
 than a line. A half-trained network fits no reading so well, and several ones badly: there the
-other must be better by a factor too, and not only because the outputs are too small, as those of
-a lagging average of weights are. The error as given is therefore that with the best of all outputs
-from once to twice as large.
+other must be better by a factor too. Neither may be only because the outputs are too small, as
+those of a lagging average of weights are. The other must therefore be better also than the reading
+given with the best of all outputs from once to twice as large.
 
 Readings with the same x̂ for a network are not told apart, nor need they be: F of EDM with
 σ_data = 1 is minus the velocity. Nor are readings whose x̂ differ too little: σ_data off by a
@@ -203,7 +203,9 @@ def _verdict(own: Tensor, zero: Tensor, twice: Tensor, errors: Mapping[str, Tens
             f" given {means['']:.2g} times"
         )
         other, at_best = errors[best], _at_best_size(own, zero, twice)
-        if _is_better(own, other) or _is_better(at_best, other, PARTLY, less=FAR, worse=WORSE):
+        # outputs that are only too small fit better than another reading at their best size
+        fits = _is_better(own, other) and _is_better(at_best, other, worse=math.inf)
+        if fits or _is_better(at_best, other, PARTLY, less=FAR, worse=WORSE):
             raise ReadingError(
                 f"the network seems to be read wrongly: read as {best}, it has {seen}"
             )
