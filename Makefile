@@ -50,6 +50,7 @@ test-lowest: .venv-lowest/ready
 
 .venv-lowest/ready: pyproject.toml constraints-lowest.txt
 	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/pip install --quiet --disable-pip-version-check -c constraints.txt --upgrade pip
 	.venv-lowest/bin/pip install --quiet --no-compile --disable-pip-version-check -c constraints-lowest.txt -e ".[tables,hub,codec]" \
 		hypothesis pandas pytest pytest-xdist
 	touch $@

@@ -267,9 +267,13 @@ def test_one_step_from_pure_noise_is_refused(networks):
         assert evaluate((networks[3], scheduler), images(8), steps=2, calls=9).bits_per_dim > 0
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")  # of a scheduler that divides by zero
 def test_a_number_of_steps_that_a_scheduler_does_not_take_is_named(networks):
     with pytest.raises(ValueError, match=r"a PNDMScheduler cannot take 2 steps \(operands"):
         build(networks[3], diffusers.PNDMScheduler(num_train_timesteps=40), steps=2)
+    shifted = diffusers.FlowMatchEulerDiscreteScheduler(shift_terminal=0.02)
+    with pytest.raises(ValueError, match="times for steps=1 are no numbers; give more steps"):
+        build(networks[3], shifted, steps=1)
 
 
 @pytest.mark.parametrize(

@@ -251,6 +251,10 @@ def flow(whole: Whole, steps: int | None, clip: bool) -> Found:
         scheduler.set_timesteps(at_least_one(steps))
         # a solver of second order takes each twice
         tau = scheduler.sigmas[:-1].flip(0).double().unique_consecutive()
+        if not tau.isfinite().all():
+            raise ValueError(
+                f"the scheduler's times for steps={steps} are no numbers; give more steps"
+            )
         if len(tau) != steps:
             raise ValueError(f"the scheduler takes {len(tau)} times where {steps} were asked for")
         gamma = 2 * (tau.log() - torch.log1p(-tau))
