@@ -14,6 +14,7 @@ from torch import Tensor
 from nelbo._utils.numerics import LOG_2, seeded
 from nelbo.data import as_examples
 from nelbo.diffusion.batch import Batch
+from nelbo.diffusion.gaussian import Affine
 from nelbo.diffusion.model import measuring
 from nelbo.diffusion.times import (
     ContinuousTime,
@@ -28,6 +29,7 @@ from nelbo.evaluation.control_variates import ControlVariates
 from nelbo.evaluation.evaluate import evaluate
 from nelbo.evaluation.intervals import NORMAL, widened
 from nelbo.evaluation.result import Evaluation
+from nelbo.integrations import wrap
 
 TESTS = Path(__file__).parents[1]
 SEEDS = 200
@@ -340,6 +342,30 @@ def test_one_example_takes_no_other_with_it(name, calls, drawn_by_places):
     off = (torch.tensor(found["nats"]) - truth)[others]
     assert (off.abs() < 1.96 * after[others]).double().mean() > 0.8
     assert off.square().mean().sqrt() < 3 * before[others].square().nanmean().sqrt()
+
+
+@pytest.mark.parametrize("size", [1e3, 1e6])
+def test_a_huge_outlier_has_no_control_variates_within(size):
+    """Their coefficients, of the other examples, would make its noise many times larger."""
+    torch.manual_seed(0)
+    x = torch.cat([torch.randn(199, 5), torch.full((1, 5), size)]).double()
+    network = torch.nn.Conv1d(1, 1, 3, padding=1)
+    model = wrap(
+        lambda y, time: network(y[:, None].float())[:, 0].to(y),
+        (5,),
+        predicts="noise",
+        betas=torch.linspace(1e-3, 0.9, 20),
+        scaling=Affine(x.mean(0), x.std(0)),
+    )
+
+    def error(variates: bool) -> float:
+        found = [
+            evaluate(model, x, times=TimeGrid.uniform(20), variates=variates, seed=seed)
+            for seed in range(3)
+        ]
+        return max(each.standard_error.monte_carlo for each in found)
+
+    assert error(True) < 2 * error(False)
 
 
 @pytest.mark.slow

@@ -74,13 +74,19 @@ class ControlVariates:
         self.parts: list[ControlVariate] = []
         self.left_out: list[str] = []
         self.centre = self.spread = torch.ones(0, dtype=torch.float64, device=model.device)
+        #: of real numbers, their medians, and how far an example of the fit is from them, at most
+        self.middle, self.reach = self.centre, math.inf
         if x is None:
             return
         some = as_examples(x[:: math.ceil(len(x) / FITTED)]).to(model.device)
         if model.process.has_flow:
             # a single outlier would dominate the fit
-            e = model.process.embed(some).flatten(1).double()
-            some = some[~apart((e - e.median(0).values).abs().amax(1))]
+            self.middle = model.process.embed(some).flatten(1).double().median(0).values
+            distance = self._distance(some)
+            usual = ~apart(distance)
+            some = some[usual]
+            if not model.process.codes and len(some):
+                self.reach = distance[usual].max().item()
         spent = 0.0
         for candidate in _candidates(model, some, self.edges):
             if not (piloted or candidate.alone):
@@ -128,7 +134,11 @@ class ControlVariates:
     def within(self, draws: Sequence[TermDraw]) -> Tensor:
         """Return numbers of mean zero given x and t, (n, B, G), for one or two draws (n)."""
         none = ControlVariate().within(draws)
-        return torch.cat([none, *(part.within(draws) for part in self.parts)], 2)
+        found = torch.cat([none, *(part.within(draws) for part in self.parts)], 2)
+        if self.reach < math.inf and self.columns:
+            # no coefficient is known of an example far from all of the fit, and 0 has mean zero
+            found[:, self._distance(draws[0].x) > self.reach] = 0.0
+        return found
 
     def between(self, x: Tensor) -> Tensor:
         """Return φ of each example and stratum, (B, S, 1 + F): 1, then standardised numbers."""
@@ -136,6 +146,11 @@ class ControlVariates:
         # any numbers are valid, so those of an outlier are moved into the usual range
         phi = phi.nan_to_num(0.0).clamp(-FAR, FAR)
         return torch.cat([torch.ones_like(phi[..., :1]), phi], -1).cpu()
+
+    def _distance(self, x: Tensor) -> Tensor:
+        """Return the largest distance of a number of each example from its median, (N,)."""
+        e = self.model.process.embed(x).flatten(1).double()
+        return (e - self.middle).abs().amax(1)
 
     def _phi(self, x: Tensor) -> Tensor:
         columns = [column for part in self.parts for column in part.between(x)]
