@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.distributions import Independent
 
+from nelbo._utils import numerics
 from nelbo._utils.numerics import seeded
 from nelbo.diffusion.decoder import (
     Bernoulli,
@@ -91,9 +92,11 @@ class TestCategorical(OfLevels):
         return Categorical()(Prediction(e_hat), z, T1, process)
 
 
-def test_evidence_is_bayes_rule():
+@pytest.mark.parametrize("cached", [1, 100, 2**18])
+def test_evidence_is_bayes_rule(monkeypatch, cached):
     """Kingma et al. 2021, equation 16: P(x_i = v_k|z_1) = N(z_1; √α v_k, 1-α) over its sum on k,
-    the densities by hand."""
+    the densities by hand; in parts of any size."""
+    monkeypatch.setattr(numerics, "CACHED", cached)
     process, x, z = noisy(17)
     alpha = 1 / (1 + (-6 + 10 * T1).exp())
     values = [2 * k / 16 - 1 for k in range(17)]

@@ -17,7 +17,7 @@ from typing_extensions import override
 
 from nelbo.diffusion.distributions import Discrete
 from nelbo.diffusion.gaussian import Affine, Levels
-from nelbo.diffusion.prediction import LevelPrediction, Prediction, level_evidence
+from nelbo.diffusion.prediction import LevelEvidence, LevelPrediction, Prediction
 from nelbo.diffusion.process import ForwardProcess, per_example
 
 
@@ -80,6 +80,24 @@ class LevelDecoder(Decoder):
         return per_example(_Predicted(levels))
 
 
+class _OfEvidence(Discrete):
+    """P(x_i = v_k|z) ∝ N(z; √α v_k, 1-α); its full table is computed only if needed."""
+
+    def __init__(self, evidence: LevelEvidence) -> None:
+        self.evidence = evidence
+        Distribution.__init__(self, evidence.z.shape, validate_args=False)
+
+    @property
+    def log_probs(self) -> Tensor:  # type: ignore[override]
+        return self.evidence.of_all().log_softmax(-1)
+
+    @override
+    def log_prob(self, value: Tensor) -> Tensor:
+        if value.shape != self.batch_shape:
+            return super().log_prob(value)
+        return self.evidence.log_prob(value)
+
+
 class Evidence(Decoder):
     """P(x_i = v_k|z_1) ∝ q(z_1|x_i = v_k), without a network (Kingma et al. 2021, equation 16).
 
@@ -100,8 +118,7 @@ class Evidence(Decoder):
     def forward(
         self, prediction: Prediction, z: Tensor, t: Tensor, process: ForwardProcess
     ) -> Independent:
-        evidence = level_evidence(z, self.levels.values, t, process)
-        return per_example(Discrete(evidence.log_softmax(-1)))
+        return per_example(_OfEvidence(LevelEvidence(z, self.levels.values, t, process)))
 
 
 class DiscretisedGaussian(Decoder):
