@@ -34,9 +34,7 @@ from nelbo.evaluation.variate import (
 
 NODES, REACH = 8, 6.0  # of the integral over ε, from -REACH to REACH
 TOGETHER = 2**17  # numbers of the table's integrals that are computed together, about
-CALLS = (
-    1.5e5  # passes in the time of the calls of functions for some examples, however few numbers
-)
+CALLS = 1.5e5  # passes in the time of the calls of functions, however few numbers they have
 OF_A_COMPONENT = 55  # passes over a number for a component of a mixture
 FINEST = 64  # levels up to which contexts pay off, as they need the probability of each level
 
