@@ -50,9 +50,9 @@ class Decoder(nn.Module, ABC):
 class _Predicted(Discrete):
     """The distribution of a prediction of levels; its full table is computed only if needed."""
 
-    def __init__(self, prediction: LevelPrediction) -> None:
+    def __init__(self, prediction: LevelPrediction | LevelEvidence, shape: torch.Size) -> None:
         self.prediction = prediction
-        Distribution.__init__(self, prediction.e_hat.shape, validate_args=False)
+        Distribution.__init__(self, shape, validate_args=False)
 
     @property
     def log_probs(self) -> Tensor:  # type: ignore[override]
@@ -77,25 +77,7 @@ class LevelDecoder(Decoder):
         levels = prediction.levels
         if levels is None:
             raise TypeError("LevelDecoder needs a network head that predicts levels: LevelLogits")
-        return per_example(_Predicted(levels))
-
-
-class _OfEvidence(Discrete):
-    """P(x_i = v_k|z) ∝ N(z; √α v_k, 1-α); its full table is computed only if needed."""
-
-    def __init__(self, evidence: LevelEvidence) -> None:
-        self.evidence = evidence
-        Distribution.__init__(self, evidence.z.shape, validate_args=False)
-
-    @property
-    def log_probs(self) -> Tensor:  # type: ignore[override]
-        return self.evidence.of_all().log_softmax(-1)
-
-    @override
-    def log_prob(self, value: Tensor) -> Tensor:
-        if value.shape != self.batch_shape:
-            return super().log_prob(value)
-        return self.evidence.log_prob(value)
+        return per_example(_Predicted(levels, z.shape))
 
 
 class Evidence(Decoder):
@@ -118,7 +100,7 @@ class Evidence(Decoder):
     def forward(
         self, prediction: Prediction, z: Tensor, t: Tensor, process: ForwardProcess
     ) -> Independent:
-        return per_example(_OfEvidence(LevelEvidence(z, self.levels.values, t, process)))
+        return per_example(_Predicted(LevelEvidence(z, self.levels.values, t, process), z.shape))
 
 
 class DiscretisedGaussian(Decoder):

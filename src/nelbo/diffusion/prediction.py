@@ -193,6 +193,11 @@ class LevelEvidence:
         """Return it for all levels, (B, ..., K)."""
         return _evidence(self.z[..., None], self.values, self.signal, self.precision)
 
+    @property
+    def log_probs(self) -> Tensor:
+        """log P(x_i = k|z_t) for levels equally likely, (B, ..., K)."""
+        return self.of_all().log_softmax(-1)
+
     def log_prob(self, x: Tensor) -> Tensor:
         """Return log P(x_i = k|z_t) of these levels, shape of z_t, for levels equally likely.
 
