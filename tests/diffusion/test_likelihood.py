@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.distributions import Independent
 
-from nelbo._utils import numerics
 from nelbo._utils.numerics import seeded
+from nelbo.diffusion import level_law
 from nelbo.diffusion.decoder import (
     Bernoulli,
     Categorical,
@@ -96,7 +96,7 @@ class TestCategorical(OfLevels):
 def test_evidence_is_bayes_rule(monkeypatch, cached):
     """Kingma et al. 2021, equation 16: P(x_i = v_k|z_1) = N(z_1; √α v_k, 1-α) over its sum on k,
     the densities by hand; in parts of any size."""
-    monkeypatch.setattr(numerics, "CACHED", cached)
+    monkeypatch.setitem(level_law.PART, "cpu", cached)
     process, x, z = noisy(17)
     alpha = 1 / (1 + (-6 + 10 * T1).exp())
     values = [2 * k / 16 - 1 for k in range(17)]

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 LOG_2 = 0.6931471805599453
-CACHED = 2**18  # numbers with which to compute at a time: about what the cache of a CPU holds
 
 
 def over(v: Tensor, x: Tensor) -> Tensor:
@@ -22,16 +21,6 @@ def over(v: Tensor, x: Tensor) -> Tensor:
     """
     dtype = x.dtype if x.is_floating_point() else v.dtype
     return v.reshape(v.shape + (1,) * (x.ndim - v.ndim)).to(dtype)
-
-
-def rows_cached(x: Tensor, each: int = 1) -> int:
-    """Return the number of rows of x, (N, ...), to compute with at a time.
-
-    `each`: how many numbers a number of x becomes.
-    """
-    if x.device.type != "cpu" or not len(x):
-        return max(1, len(x))
-    return max(1, CACHED // (each * x[0].numel()))
 
 
 def broadcast_shape(*shapes: torch.Size) -> torch.Size:

@@ -17,7 +17,12 @@ from typing_extensions import override
 
 from nelbo.diffusion.distributions import Discrete
 from nelbo.diffusion.gaussian import Affine, Levels
-from nelbo.diffusion.prediction import LevelEvidence, LevelPrediction, Prediction
+from nelbo.diffusion.prediction import (
+    LevelFamily,
+    LevelPrediction,
+    Prediction,
+    signal_and_precision,
+)
 from nelbo.diffusion.process import ForwardProcess, per_example
 
 
@@ -50,9 +55,9 @@ class Decoder(nn.Module, ABC):
 class _Predicted(Discrete):
     """The distribution of a prediction of levels; its full table is computed only if needed."""
 
-    def __init__(self, prediction: LevelPrediction | LevelEvidence, shape: torch.Size) -> None:
+    def __init__(self, prediction: LevelPrediction) -> None:
         self.prediction = prediction
-        Distribution.__init__(self, shape, validate_args=False)
+        Distribution.__init__(self, prediction.e_hat.shape, validate_args=False)
 
     @property
     def log_probs(self) -> Tensor:  # type: ignore[override]
@@ -77,7 +82,7 @@ class LevelDecoder(Decoder):
         levels = prediction.levels
         if levels is None:
             raise TypeError("LevelDecoder needs a network head that predicts levels: LevelLogits")
-        return per_example(_Predicted(levels, z.shape))
+        return per_example(_Predicted(levels))
 
 
 class Evidence(Decoder):
@@ -100,7 +105,12 @@ class Evidence(Decoder):
     def forward(
         self, prediction: Prediction, z: Tensor, t: Tensor, process: ForwardProcess
     ) -> Independent:
-        return per_example(_Predicted(LevelEvidence(z, self.levels.values, t, process), z.shape))
+        values, flat = self.levels.values.to(z), z.flatten(1)
+        signal, precision = (v.to(z) for v in signal_and_precision(t, process))
+        # a family without curves: all levels are equally likely
+        coefficients, curves = z.new_zeros(*flat.shape, 0), z.new_zeros(0, len(values))
+        evidence, prior = (values, flat, signal, precision), z.new_zeros(1, len(values))
+        return per_example(_Predicted(LevelFamily(coefficients, curves, prior, evidence, z.shape)))
 
 
 class DiscretisedGaussian(Decoder):

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import embedding
 from typing_extensions import override
 
-from nelbo._utils.numerics import over, rows_cached
+from nelbo._utils.numerics import over
 from nelbo.diffusion.level_law import mean_and_norm
 from nelbo.diffusion.symbols import Predicted
 
@@ -182,43 +182,9 @@ class SymbolPrediction(Prediction):
         return SymbolPrediction(f(self.output), prior, self.dtype)
 
 
-class LevelEvidence:
-    """log N(z_t; √α_t v_k, 1-α_t) + const for each level k of the elements of z_t, (B, ...)."""
-
-    def __init__(self, z: Tensor, values: Tensor, t: Tensor, process: "ForwardProcess") -> None:
-        self.z, self.values = z, values.to(z.dtype)
-        self.signal, self.precision = signal_and_precision(t, process)
-
-    def of_all(self) -> Tensor:
-        """Return it for all levels, (B, ..., K)."""
-        return _evidence(self.z[..., None], self.values, self.signal, self.precision)
-
-    @property
-    def log_probs(self) -> Tensor:
-        """log P(x_i = k|z_t) for levels equally likely, (B, ..., K)."""
-        return self.of_all().log_softmax(-1)
-
-    def log_prob(self, x: Tensor) -> Tensor:
-        """Return log P(x_i = k|z_t) of these levels, shape of z_t, for levels equally likely.
-
-        In parts, as a table of all levels takes several times as long as its arithmetic.
-        """
-        z, k = self.z.flatten(), x.flatten().long()
-        of_each = (
-            over(v, self.z).expand_as(self.z).flatten() for v in (self.signal, self.precision)
-        )
-        size, found = rows_cached(z, len(self.values)), []
-        for part, level, *coefficients in zip(
-            *(v.split(size) for v in (z, k, *of_each)), strict=True
-        ):
-            of_all = _evidence(part[:, None], self.values, *coefficients).log_softmax(-1)
-            found.append(of_all.gather(1, level[:, None])[:, 0])
-        return torch.cat(found).view_as(self.z)
-
-
 def level_evidence(z: Tensor, values: Tensor, t: Tensor, process: "ForwardProcess") -> Tensor:
     """Return log N(z_t; √α_t v_k, 1-α_t) + const for each level k, shape (B, ..., K)."""
-    return LevelEvidence(z, values, t, process).of_all()
+    return _evidence(z[..., None], values.to(z.dtype), *signal_and_precision(t, process))
 
 
 def signal_and_precision(t: Tensor, process: "ForwardProcess") -> tuple[Tensor, Tensor]:

@@ -34,7 +34,6 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from nelbo._utils.numerics import rows_cached
 from nelbo.data.schema import as_examples
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.terms import TermDraw
@@ -42,7 +41,7 @@ from nelbo.evaluation import gaussian_variates, symbol_variates  # noqa: F401  t
 from nelbo.evaluation.intervals import FAR, apart
 from nelbo.evaluation.price import SHARE, Budget, Work
 from nelbo.evaluation.time_density import FITTED
-from nelbo.evaluation.variate import Candidate, ControlVariate, together, variates_of
+from nelbo.evaluation.variate import Candidate, ControlVariate, rows_cached, together, variates_of
 
 
 class ControlVariates:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from nelbo._utils.numerics import over, rows_cached
+from nelbo._utils.numerics import over
 from nelbo.diffusion.distributions import kl
 from nelbo.diffusion.gaussian import GaussianDiffusion
 from nelbo.diffusion.gaussian_mixture import FEWEST, RANK, GaussianMixtureEnsemble
@@ -28,6 +28,7 @@ from nelbo.evaluation.variate import (
     Candidate,
     ControlVariate,
     of_symbol,
+    rows_cached,
     together,
     variates_of,
 )

@@ -19,6 +19,7 @@ WIDEST = 1024  # dimensions up to which covariances are estimated; above, those 
 TABLE = 2**23  # numbers in a table of symbols, at most
 HELD = 2**20  # numbers that are computed together for such a table, 8 MiB
 SMALL, FEW, MANY = 2**14, 2**8, 2**11  # numbers, and examples, that are computed together
+CACHED = 2**18  # numbers with which to compute at a time: about what the cache of a CPU holds
 
 
 class ControlVariate:
@@ -81,6 +82,11 @@ def variates_of(
 def together(dims: int) -> int:
     """Return the number of examples, or draws, to compute together: more of few dimensions."""
     return min(MANY, max(FEW, SMALL // dims))
+
+
+def rows_cached(x: Tensor) -> int:
+    """Return the number of examples of x, (N, ...), to compute with at a time."""
+    return max(1, CACHED // x[0].numel()) if x.device.type == "cpu" else max(1, len(x))
 
 
 def of_symbol(table: Tensor, x: Tensor) -> Tensor:
