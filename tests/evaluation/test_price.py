@@ -111,7 +111,7 @@ def test_what_does_not_pay_is_left_out_and_said(model, images, monkeypatch):
 
 
 def test_no_mixtures_are_fitted_for_nothing(model, images, monkeypatch):
-    """Levels finer than FINEST have no contexts; the fit, and its library, would take seconds."""
+    """Levels finer than FINEST have no contexts; the fit would take time."""
     made = []
     mixtures = gaussian_variates.GaussianMixtureEnsemble
     monkeypatch.setattr(mixtures, "__init__", lambda *_: made.append(1))

@@ -280,10 +280,9 @@ def typical(
     """
     twice = [block for block in replicates if block.shape[1] > 1]
     once = torch.cat([_as_single(block, share) for block in replicates])
-    noise = share * torch.cat([block.var(1) for block in twice])
-    means = torch.cat([block.mean(1) for block in twice])
-    beside = torch.cat([(share - 1 / block.shape[1]) * block.var(1) for block in twice])
-    square = (means - once.mean(0)).square() + beside
+    noise = torch.cat([block.var(1) for block in twice])
+    square = torch.cat([(block - once.mean(0)).square().mean(1) for block in twice])
+    noise, square = share * noise, square - (1 - share) * noise
     # with few examples the noise may look small by chance
     doubt = caution**2 / len(noise) * square.mean(0)
     of_noise = (noise.sum(0) + doubt) / (square.sum(0) + doubt)
