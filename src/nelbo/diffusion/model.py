@@ -7,7 +7,7 @@ network runs in `Model.dtype`: float64 for measuring; float32 is enough for trai
 import copy
 import hashlib
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -322,7 +322,11 @@ def measuring(model: Model, batch: Batch | None = None) -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         model.eval()
         model.dtype, model.precision = torch.float64, None
-        with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(torch.autocast(model.device.type, enabled=False))
+            for process in {model.process, *model.process.factors}:
+                stack.enter_context(process.schedule.remembering())
             yield
     finally:
         for module, mode in modes:

@@ -12,7 +12,9 @@ To add a schedule: one class with `forward(t) -> gamma`, see CONTRIBUTING.md.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +29,8 @@ class Schedule(nn.Module, ABC):
     start: float = 0.0
     #: T of a schedule that is a table of T times; None for a formula
     steps: int | None = None
+    #: the last times with their γ, if they are remembered
+    recent: deque[tuple[Tensor, int, Tensor]] | None = None
 
     def interior(self) -> list[nn.Parameter]:
         """Return the learned parameters that do not change γ(0) and γ(1).
@@ -41,8 +45,30 @@ class Schedule(nn.Module, ABC):
         """Return γ(t) for times t, or a number for one time; float64."""
         if not isinstance(t, Tensor):
             t = torch.tensor(t, dtype=torch.float64)
+        if self.recent is None or t.is_inference():
+            return self._of(t)
+        for times, version, gamma in self.recent:
+            if times is t and version == t._version:
+                return gamma
+        gamma = self._of(t)
+        self.recent.appendleft((t, t._version, gamma))
+        return gamma
+
+    def _of(self, t: Tensor) -> Tensor:
         gamma: Tensor = super().__call__(t)
         return gamma
+
+    @contextmanager
+    def remembering(self) -> Iterator[None]:
+        """Inside, compute γ once for the tensors of times of a draw, not for each formula.
+
+        The parameters must not change there.
+        """
+        before, self.recent = self.recent, deque(maxlen=REMEMBERED)
+        try:
+            yield
+        finally:
+            self.recent = before
 
     @abstractmethod
     @override
@@ -61,6 +87,7 @@ class Schedule(nn.Module, ABC):
 
 #: earliest time that is not 0, where γ may be infinite
 LEAST = 2.0**-54
+REMEMBERED = 4  # tensors of times: a draw has those of a step, and a pair of draws four
 #: largest |γ|: beyond it, e^γ or e^-γ times a number of the data overflows float64
 FURTHEST = 300
 

@@ -258,16 +258,12 @@ def fit_proposal(
     least[: v.shape[1]] = large.double().clamp(min=1e-300)
     square = mean(design.square())
     design = design - mean(design)[stratum]
-    slopes, error = [], torch.empty_like(y)
-    for c, weights in enumerate(pooled):
-        used = weights[stratum] > 0
-        unit = (weights * rows @ square / (weights @ rows)).sqrt().maximum(least)
-        of = stratum[used]
-        slope, left_out = _ridge(design[used] / unit, y[used], weights[of], 1 / rows[of])
-        slopes.append(slope / unit)
-        error[stratum == c] = left_out[of == c]
+    shares = pooled * rows
+    unit = (shares @ square / shares.sum(1, keepdim=True)).sqrt().maximum(least)
+    slopes, left_out = _ridge(design / unit[:, None], y, pooled[:, stratum], 1 / rows[stratum])
+    error = left_out[stratum, torch.arange(len(y))]
     sd = size * spread(mean(error.square()))
-    table = torch.stack(slopes)
+    table = slopes / unit
     within, between = table[:, : v.shape[1]], size[:, None] * table[:, v.shape[1] :]
     level = mean(cost - (v * within[stratum]).sum(1) - (phi[:, 1:] * between[stratum]).sum(1))
     best = sd / sd.sum() if sd.sum() > 0 else torch.full_like(sd, 1 / count)
@@ -280,18 +276,26 @@ def fit_proposal(
 
 
 def _ridge(design: Tensor, y: Tensor, weight: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ridge coefficients of normalised columns, and leave-one-out errors of the rows.
+    """Return ridge coefficients for each stratum, and leave-one-out errors of all rows.
 
-    Rows are centred by the mean of their stratum, of which each row is the share `share`.
+    Args:
+        design: normalised columns, (S, n, G); they are centred by the mean of the row's stratum.
+        y: shape (n,).
+        weight: of each row in the fit of each stratum, (S, n).
+        share: of each row in the mean of its stratum, (n,).
+
+    Returns:
+        Coefficients (S, G) and errors (S, n).
     """
+    penalty = DOUBT * torch.eye(design.shape[2], dtype=y.dtype)
+    used = weight > 0
     for _ in range(2):  # the second time, outlying rows weigh less
-        weighted = weight[:, None] * design
-        penalty = DOUBT * weight.sum() * torch.eye(design.shape[1], dtype=y.dtype)
-        inverse = torch.linalg.inv(weighted.T @ design + penalty)
-        solution = inverse @ (weighted.T @ y)
-        leverage = (weighted @ inverse * design).sum(1) + share
-        error = (y - design @ solution) / (1 - leverage).clamp(min=0.1)
-        usual = OUTLIER * error.abs().median()
+        weighted = weight[..., None] * design
+        inverse = torch.linalg.inv(weighted.mT @ design + weight.sum(1)[:, None, None] * penalty)
+        solution = (inverse @ (weighted.mT @ y)[..., None])[..., 0]
+        leverage = (weighted @ inverse).mul_(design).sum(2) + share
+        error = (y - (design @ solution[..., None])[..., 0]) / (1 - leverage).clamp(min=0.1)
+        usual = OUTLIER * error.abs().where(used, torch.nan).nanmedian(1, keepdim=True).values
         weight = torch.where(error.abs() > usual, weight * usual / error.abs(), weight)
     return solution, error
 

@@ -87,11 +87,7 @@ class Steps(Schedule):
         """
         place = t.detach().double() * self.steps
         i = place.round()
-        if (
-            ((place - i).abs() > 1e-9 * self.steps).any()
-            or (i < 0).any()
-            or (i > self.steps).any()
-        ):
+        if (((place - i).abs() > 1e-9 * self.steps) | (i < 0) | (i > self.steps)).any():
             raise ValueError(
                 f"the model knows {self.steps} times, i/{self.steps}, and others were asked for;"
                 f" try steps={self.steps}, TimeGrid.uniform({self.steps}), or a divisor of it,"
