@@ -52,8 +52,8 @@ def _seed():
 
 def levels_of(controls: ControlVariates) -> LevelVariates:
     """The reference of independent levels among control variates."""
-    (found,) = (part for part in controls.parts if isinstance(part, LevelVariates))
-    return found
+    parts = (getattr(part, "of", part) for part in controls.parts)
+    return next(part for part in parts if isinstance(part, LevelVariates))
 
 
 def terms(n: int) -> dict[str, Term]:

@@ -61,7 +61,7 @@ OTHERS = {
     "real numbers, a pilot": (gaussian, 400, {"calls": 24}),
     "masks, 4 steps": (text, 400, {"calls": 8, "steps": 4, "per_example": True}),
     "a target error": (gaussian, 400, {"target_error": 0.05}),
-    "without a pilot": (replaced, 120, {"calls": 6}),
+    "without a pilot": (replaced, 120, {"calls": 6, "variates": True}),
     "importance": (text, 130, {"steps": 3, "importance_samples": 2}),
     "probability flow": (gaussian, 130, {"ode": True, "tolerance": 1e-3}),
 }

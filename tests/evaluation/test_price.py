@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from nelbo import TimeGrid
-from nelbo.evaluation import gaussian_variates, price
+from nelbo.evaluation import gaussian_variates
 from nelbo.evaluation import time_estimator as evaluation
 from nelbo.evaluation.evaluate import evaluate
-from nelbo.evaluation.price import FREE, PASS, SHARE, Budget, Work, operations
+from nelbo.evaluation.price import OF_PILOT, OF_VARIATES, PASS, Budget, Work, operations
 from nelbo.evaluation.time_estimator import PILOT, _divided, _strata_for
 from nelbo.evaluation.variate import variates_of
 from nelbo.integrations import wrap
@@ -74,29 +74,39 @@ def test_operations_of_einsum(equation):
     assert operations(lambda: torch.einsum(equation, a, b)) == 2 * 4 * shape.numel()
 
 
-def test_a_budget_is_a_share_of_the_network():
+def test_a_budget_is_a_share_of_the_run():
     counted = []
 
     def call():
         counted.append(1)
         return 5e8
 
-    budget = Budget(10, 100, call)
-    assert budget.price(Work(1, 2, 3)) == 1 + 10 * 2 + 100 * 3
-    assert budget.allows(FREE) and not counted
-    passes = SHARE * 100 * 5e8 / PASS
-    assert passes < FREE
-    assert not budget.allows(1.01 * FREE) and budget.allows(0.99 * passes)
-    dear = Budget(10, 1e6, call)
-    assert dear.allows(1e4 * passes * 0.99) and not dear.allows(1e4 * passes * 1.01)
-    assert len(counted) == 2  # once for each budget
+    around, network = OF_VARIATES * 100 * 2e3, OF_VARIATES * 100 * (2e3 + 5e8 / PASS)
+    budget = Budget(10, 100, 2e3, call)
+    assert budget.take(Work(0.9 * around)) and not counted  # as it is little in any case
+    assert budget.spent == Work(0.9 * around)
+    # beside the network, 10 examples and 100 draws
+    assert budget.take(Work(example=0.4 * network / 10, draw=0.5 * network / 100))
+    assert not budget.take(Work(0.2 * network)) and budget.take(Work(0.05 * network))
+    assert len(counted) == 1
+
+
+def test_a_run_of_unknown_length_takes_what_stays_little():
+    """Numbers of draws must be little beside a call, as any number of them may follow; others may
+    take what is free, and the run is as long as makes them and the pilot a tenth."""
+    budget = Budget(10, 100, 2e3, lambda: 0.0, free=1e6, endless=True)
+    assert not budget.take(Work(draw=1.01 * OF_VARIATES * 2e3))
+    assert budget.take(Work(draw=0.5 * OF_VARIATES * 2e3)) and budget.take(Work(9e5))
+    assert not budget.take(Work(2e5))
+    calls = budget.least(136)
+    spent = 136 * 2e3 + 9e5 + calls * 0.5 * OF_VARIATES * 2e3
+    assert 0.9 * spent < 0.08 * calls * 2e3 < 1.3 * spent
 
 
 def test_what_does_not_pay_is_left_out_and_said(model, images, monkeypatch):
     """Beside a small network, whatever the machine is busy with; beside a large one, or where they
     are asked for, all are used."""
-    options = {"times": TimeGrid.uniform(20), "calls": 24}
-    monkeypatch.setattr(price, "FREE", 2.0**20)
+    options = {"times": TimeGrid.uniform(20), "calls": 700}
     small = evaluate(model, images, **options)
     (note,) = small.notes
     assert LEVELS in note and "variates=True" in note
@@ -110,6 +120,15 @@ def test_what_does_not_pay_is_left_out_and_said(model, images, monkeypatch):
     assert not target.notes
 
 
+def test_a_short_run_has_no_pilot(model, images):
+    """It would take more than a tenth of it, and a note says so, unless it is asked for."""
+    options = {"times": TimeGrid.uniform(20), "calls": 24}
+    found = evaluate(model, images, **options)
+    assert found.notes == (evaluation.SHORT,)
+    asked = evaluate(model, images, variates=True, **options)
+    assert not asked.notes and asked.nats != found.nats
+
+
 def test_no_mixtures_are_fitted_for_nothing(model, images, monkeypatch):
     """Levels finer than FINEST have no contexts; the fit would take time."""
     made = []
@@ -117,7 +136,7 @@ def test_no_mixtures_are_fitted_for_nothing(model, images, monkeypatch):
     monkeypatch.setattr(mixtures, "__init__", lambda *_: made.append(1))
     edges = torch.linspace(0.5, 1, 2).double()
     found = variates_of(model.process, model, images, edges)
-    next(each for each in found if each.name == LEVELS).make()
+    next(each for each in found if each.name == f"{LEVELS} (examples)").make()
     assert not made
 
 
@@ -148,14 +167,14 @@ def test_a_pilot_takes_less_than_a_tenth(examples, calls):
         rows, left = _divided(examples, calls, strata, False, False)
         whole = calls if calls < 2 else int(calls)
         assert rows == 0 or rows >= PILOT
-        assert rows * strata <= (0.1 - SHARE) * whole * examples
+        assert rows * strata <= OF_PILOT * whole * examples
         assert math.isclose(left, whole - rows * strata / examples)
 
 
 def test_fewer_strata_are_better_than_no_pilot():
     """Where a pilot of all strata would cost too much, it is one of fewer."""
     assert _strata_for(24 * 1000) == 32
-    assert 3 <= _strata_for(24 * 100) < 32
+    assert 6 <= _strata_for(24 * 100) < 32
     rows, _ = _divided(100, 24, _strata_for(24 * 100) + 1, False, False)
     assert rows >= PILOT
     assert _divided(100, 24, 33, False, False)[0] == 0

@@ -80,7 +80,8 @@ def exact(x, c):
 
 def test_the_bound_is_of_each_example_given_its_own(pairs):
     x, c = pairs
-    result = evaluate(model(), Batch(x, c, "class"), calls=32, per_example=True)
+    options = {"calls": 32, "per_example": True, "variates": True}
+    result = evaluate(model(), Batch(x, c, "class"), **options)
     want = exact(x, c)
     assert result.given == "class"
     assert abs(result.nats - want.mean()) < 0.02 + 4 * result.standard_error.monte_carlo

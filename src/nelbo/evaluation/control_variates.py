@@ -39,9 +39,11 @@ from nelbo.diffusion.model import Model
 from nelbo.diffusion.terms import TermDraw
 from nelbo.evaluation import gaussian_variates, symbol_variates  # noqa: F401  they register
 from nelbo.evaluation.intervals import FAR, apart
-from nelbo.evaluation.price import SHARE, Budget, Work
+from nelbo.evaluation.price import CALLS, OF_VARIATES, Budget, Work
 from nelbo.evaluation.time_density import FITTED
 from nelbo.evaluation.variate import Candidate, ControlVariate, rows_cached, together, variates_of
+
+STANDARD = 256  # examples whose numbers say what is usual, at most
 
 
 class ControlVariates:
@@ -81,24 +83,22 @@ class ControlVariates:
         some = as_examples(x[:: math.ceil(len(x) / FITTED)]).to(model.device)
         if model.process.has_flow:
             # a single outlier would dominate the fit
-            self.middle = model.process.embed(some).flatten(1).double().median(0).values
+            e = model.process.embed(_few(some)).flatten(1).double()
+            self.middle = e.median(0).values
             distance = self._distance(some)
             usual = ~apart(distance)
             some = some[usual]
             if not model.process.codes and len(some):
                 self.reach = distance[usual].max().item()
-        spent = 0.0
         for candidate in _candidates(model, some, self.edges):
             if not (piloted or candidate.alone):
                 continue
-            price = 0.0 if budget is None else budget.price(candidate.work)
-            if budget is None or budget.allows(spent + price):
+            if budget is None or budget.take(candidate.work):
                 self.parts.append(candidate.make())
-                spent += price
             else:
                 self.left_out.append(candidate.name)
         self.calls += pairs and any(part.paired for part in self.parts)
-        phi = torch.cat([self._phi(part) for part in some.split(together(model.dims))])
+        phi = torch.cat([self._phi(part) for part in _few(some).split(together(model.dims))])
         self.centre = phi.mean(0)
         spread = (phi - self.centre).square().mean(0).sqrt()
         self.spread = torch.where(spread > 0, spread, 1.0)
@@ -109,8 +109,8 @@ class ControlVariates:
         notes = [part.note for part in self.parts if part.note]
         if self.left_out:
             notes.append(
-                f"control variates were left out, as they would take more than {SHARE:.1%} of the"
-                f" operations of the network: {', '.join(self.left_out)};"
+                f"control variates were left out, as they would take more than {OF_VARIATES:.1%}"
+                f" of the run: {', '.join(self.left_out)};"
                 " --variates or variates=True includes them"
             )
         return "; ".join(notes)
@@ -159,11 +159,17 @@ class ControlVariates:
         return torch.stack([column.expand(-1, len(self.edges)) for column in columns], 2)
 
 
+def _few(x: Tensor) -> Tensor:
+    """Return some of the examples, evenly spaced."""
+    return x[:: math.ceil(max(1, len(x)) / STANDARD)]
+
+
 def _candidates(model: Model, x: Tensor, edges: Tensor) -> list[Candidate]:
     """Return all control variates of a model, to be fitted to examples x."""
     found = variates_of(model.process, model, x, edges)
     if len(model.shape) == 3 and model.shape[1] * model.shape[2] > 1:
-        work = Work(6 * min(len(x), 256) * model.dims, 3 * model.dims, 0.0)
+        calls = CALLS / min(together(model.dims), len(x))
+        work = Work(6 * min(len(x), 256) * model.dims, calls + 7 * model.dims, 0.0)
         gradients = Candidate("gradients of the images", work, lambda: GradientFeatures(x))
         return [gradients, *found]
     return found

@@ -5,7 +5,7 @@ See `control_variates`. None needs a network of its own.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from nelbo.diffusion.model import Model
 from nelbo.diffusion.parametrization import log_frequencies
 from nelbo.diffusion.prediction import LevelTable, level_evidence
 from nelbo.diffusion.terms import DiffusionTerm, ReconstructionTerm, TermDraw
-from nelbo.evaluation.price import PASS, Work
+from nelbo.evaluation.price import CALLS, PASS, Work
 from nelbo.evaluation.variate import (
     HELD,
     LEAST,
@@ -27,6 +27,8 @@ from nelbo.evaluation.variate import (
     WIDEST,
     Candidate,
     ControlVariate,
+    OfDraws,
+    OfExamples,
     of_symbol,
     rows_cached,
     together,
@@ -35,8 +37,7 @@ from nelbo.evaluation.variate import (
 
 NODES, REACH = 8, 6.0  # of the integral over ε, from -REACH to REACH
 TOGETHER = 2**17  # numbers of the table's integrals that are computed together, about
-CALLS = 1.5e5  # passes in the time of the calls of functions, however few numbers they have
-OF_A_COMPONENT = 55  # passes over a number for a component of a mixture
+OF_A_COMPONENT = 70  # passes over a number for a component of a mixture
 FINEST = 64  # levels up to which contexts pay off, as they need the probability of each level
 
 
@@ -150,14 +151,19 @@ class LevelVariates(ControlVariate):
         log_frequency = log_frequencies(x.cpu(), count).to(self.values.device)
         self.group, log_group = self._group(log_frequency.flatten(0, -2), len(edges))
         self.log_frequency = log_group[self.group].reshape(log_frequency.shape)
+        self.log_group, self.edges = log_group, edges
+
+    @cached_property
+    def table(self) -> Tensor:
+        """D of each group of dimensions, level and edge."""
+        count, log_group = self.model.process.codes, self.log_group
         levels = torch.arange(count, device=self.values.device)[:, None].expand(-1, len(log_group))
         columns = []
-        for some in edges.split(max(1, TOGETHER // log_group.numel() // count)):
+        for some in self.edges.split(max(1, TOGETHER // log_group.numel() // count)):
             every = levels.expand(len(some), *levels.shape).flatten(0, 1)
             found = self._divergence(every, log_group, some.repeat_interleave(count))
             columns.append(found.view(len(some), *levels.shape))
-        #: D of each group of dimensions, level and edge
-        self.table = torch.cat(columns).permute(2, 1, 0).contiguous()
+        return torch.cat(columns).permute(2, 1, 0).contiguous()
 
     def _group(self, log_frequency: Tensor, edges: int) -> tuple[Tensor, Tensor]:
         """Let dimensions of similar mean level share frequencies if a full table is too large."""
@@ -286,54 +292,61 @@ class MixtureFeatures(ControlVariate):
 def _(process: GaussianDiffusion, model: Model, x: Tensor, edges: Tensor) -> list[Candidate]:
     count, dims, strata, levels = len(x), model.dims, len(edges), process.codes
     whole = dims <= WIDEST  # with covariances of all dimensions
-    calls = CALLS / together(dims)
+    calls, alike = CALLS / together(dims), CALLS / min(together(dims), count)
     sizes = [size for size in axes_of(model) if size <= WIDEST]
     # into eigenvectors: products of float64, which take twice the time of a network's
     turn = 4 * dims * sum(sizes) / PASS
     eigen = CALLS + sum(size**3 for size in sizes) / 16
     e = cache(lambda: process.embed(x).flatten(1).double())
+    linear = cache(lambda: LinearVariate(model, x, edges))
+    fit = eigen + count * (5 * dims + turn)  # in the price of both, as one may be left out
+    name = "the denoiser of a Gaussian"
     found = [
         Candidate(
-            "the denoiser of a Gaussian",
-            Work(
-                eigen + count * (5 * dims + turn),
-                calls + 8 * dims + turn,
-                whole * (2 * calls + 3 * dims + 2 * turn),
-            ),
-            lambda: LinearVariate(model, x, edges),
+            f"{name} (examples)",
+            Work(fit, example=alike + 8 * dims + turn),
+            lambda: OfExamples(linear()),
         )
     ]
+    if whole:
+        draw = 3 * calls + 4 * dims + 3 * turn
+        found.append(Candidate(f"{name} (draws)", Work(fit, draw=draw), lambda: OfDraws(linear())))
     mixtures = cache(lambda: GaussianMixtureEnsemble(e()))
     clustered = whole and count >= FEWEST
     components = sum(GaussianMixtureEnsemble.sizes(count, dims)) if clustered else 0
-    odds = clustered * 14 * calls + OF_A_COMPONENT * components * dims
+    odds = 14 * alike + OF_A_COMPONENT * components * dims
     step = OF_A_COMPONENT * components * (4 + min(dims, RANK))  # of EM, all steps
-    fit = clustered * eigen + count * step
+    fit = eigen + 10 * CALLS + count * step
     if clustered:
+        features = Work(fit, example=odds)
         found.append(
             Candidate(
-                "mixtures of Gaussians",
-                Work(fit, odds, 0.0),
-                lambda: MixtureFeatures(model, mixtures()),
+                "mixtures of Gaussians", features, lambda: MixtureFeatures(model, mixtures())
             )
         )
     # with sixteen bits, one column of the table would not fit into memory
     if levels and levels**2 <= TABLE:
+        name, frequencies = "the denoiser of independent levels", 9 * count * dims
         integrals = _groups(dims, levels, strata) * levels**2 * strata
-        contexts = (NODES + 1) * levels * dims if levels <= FINEST else 0
-        moved = clustered and levels <= FINEST  # finer levels have no contexts to be moved
+        work = Work(3 * NODES * integrals + frequencies, example=alike + 12 * dims)
         found.append(
             Candidate(
-                "the denoiser of independent levels",
-                Work(
-                    2 * NODES * integrals + 9 * count * dims + moved * fit,
-                    calls + 12 * dims,
-                    (14 * calls if contexts else 0) + 2 * contexts * (1 + moved) + moved * odds,
-                ),
-                lambda: LevelVariates(model, x, edges, mixtures() if moved else None),
-                alone=levels <= FINEST and model.head.level_values is not None,
+                f"{name} (examples)", work, lambda: OfExamples(LevelVariates(model, x, edges))
             )
         )
+        if levels <= FINEST:
+            contexts = 2 * (NODES + 1) * levels * dims * (1 + clustered)
+            draw = 14 * calls + contexts + clustered * odds
+            found.append(
+                Candidate(
+                    f"{name} (draws)",
+                    Work(frequencies + clustered * fit, draw=draw),
+                    lambda: OfDraws(
+                        LevelVariates(model, x, edges, mixtures() if clustered else None)
+                    ),
+                    alone=model.head.level_values is not None,
+                )
+            )
     return found
 
 

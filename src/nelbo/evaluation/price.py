@@ -1,7 +1,9 @@
-"""The price of control variates beside that of the network, counted in operations.
+"""The prices of a pilot and of control variates beside that of a run, counted in passes.
 
-    network     floating-point operations of a call of one row, times the calls
-    variates    passes over float64 numbers, one of which takes the time of PASS such operations
+    pass        over a float64 number, in the time of which a network makes PASS operations
+    run         floating-point operations of the network, and what is done around its calls
+    pilot       at most the share OF_PILOT of the calls, and its fit is one of the control variates
+    variates    at most the share OF_VARIATES of the passes of a run
 
 No clock is read: what is left out, and so the result, does not depend on how busy a machine is.
 """
@@ -23,13 +25,18 @@ from nelbo.diffusion.model import Model
 #: operations of a network in the time of a pass over one number: of the fastest convolutions, 110
 #: GFLOP/s, on a core that takes 3 ns for a number; in a product of matrices two for each of both
 PASS = 330.0
-SHARE = 1 / 32  # of the operations of the network, for control variates
-FREE = 2.0**23  # passes that are never left out: a fortieth of a second
+CALLS = 1.5e5  # passes in the time of the calls of functions of a formula, however few numbers
+#: passes around a network's call: in CALLS, for each number of an example, and of its prediction
+AROUND = 6.0, 20.0, 4.0
+OF_PILOT, OF_VARIATES = 1 / 20, 1 / 32  # shares of a run; measured, up to a third more
+DEARER = 1.25  # a call of a pilot, of which more are reconstructions, beside another
+FREE = 2.0**24  # passes that a run of unknown length may take: a twentieth of a second
+BRIEF = 2.0**21  # the same of a run too short for a pilot: six thousandths
 LEAST = 1e-3  # price of a mask read by a surrogate, in network calls, at least
 
 
 class Work(NamedTuple):
-    """Passes of a control variate over numbers.
+    """Passes over numbers, of a control variate or of several.
 
     Args:
         once: to fit it.
@@ -37,38 +44,81 @@ class Work(NamedTuple):
         draw: for those of a draw.
     """
 
-    once: float
-    example: float
-    draw: float
+    once: float = 0.0
+    example: float = 0.0
+    draw: float = 0.0
+
+    def plus(self, other: "Work") -> "Work":
+        """Return the work of both."""
+        return Work(*map(sum, zip(self, other, strict=True)))
 
 
-@dataclass(frozen=True)
+@dataclass
 class Budget:
-    """The passes that control variates may take in a measurement.
+    """The passes that control variates, and the fit of their coefficients, may take in a run.
 
     Args:
         examples: for which their numbers are computed, an example as often as they are.
-        draws: network calls of the measurement, without those that check how another library's
-            network is read.
+        draws: network calls of the run, without those that check how another library's network
+            is read; if its length is unknown, those of a likely one.
+        around: passes around a network call.
         operations: returns those of a network call; called at most once, and only if needed.
+        free: passes that are never too many.
+        endless: whether the length of the run is unknown.
     """
 
     examples: float
     draws: float
+    around: float
     operations: Callable[[], float] = field(repr=False)
+    free: float = 0.0
+    endless: bool = False
+    spent: Work = field(default=Work(), init=False)
 
     @cached_property
-    def passes(self) -> float:
-        """The passes beside the calls of the network."""
-        return SHARE * self.draws * self.operations() / PASS
+    def of_a_call(self) -> float:
+        """Passes in the time of a network call, with what is around it."""
+        return self.around + self.operations() / PASS
 
-    def price(self, work: Work) -> float:
-        """Return the passes of a control variate."""
-        return work.once + self.examples * work.example + self.draws * work.draw
+    def take(self, work: Work) -> bool:
+        """Return whether the work is little beside the run, and take it if it is."""
+        whole = self.spent.plus(work)
+        # most often the operations need not be counted
+        little = self._is_little(whole, self.around) or self._is_little(whole, self.of_a_call)
+        if little:
+            self.spent = whole
+        return little
 
-    def allows(self, passes: float) -> bool:
-        """Return whether they are few, by themselves or beside the network."""
-        return passes <= FREE or passes <= self.passes
+    def _is_little(self, work: Work, of_a_call: float) -> bool:
+        share = OF_VARIATES * of_a_call
+        little = self._fixed(work) + self.draws * work.draw <= max(self.free, self.draws * share)
+        return little and not (self.endless and work.draw > share)
+
+    def _fixed(self, work: Work) -> float:
+        return work.once + self.examples * work.example
+
+    def least(self, calls: float) -> float:
+        """Return the network calls of a run beside which a pilot of so many, and all that is taken
+        already, is little."""
+        fixed = DEARER * calls * self.of_a_call + self._fixed(self.spent)
+        return fixed / ((OF_PILOT + OF_VARIATES) * self.of_a_call - self.spent.draw)
+
+
+def fit_of(strata: int) -> Work:
+    """Return the work of a pilot beside that of its calls: its steps, and a fit by stratum."""
+    return Work(once=CALLS * (8 + strata / 2))
+
+
+def around(dims: int, numbers: int, together: int) -> float:
+    """Return the passes around a network call of an example of D dimensions, at least.
+
+    Args:
+        dims: D.
+        numbers: that the network predicts for a dimension.
+        together: number of examples that are computed together.
+    """
+    calls, of_example, of_prediction = AROUND
+    return calls * CALLS / together + dims * (of_example + of_prediction * numbers)
 
 
 def operations(call: Callable[[], object]) -> float:

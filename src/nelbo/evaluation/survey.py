@@ -24,6 +24,7 @@ then more noise in proportion.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -349,7 +350,10 @@ def plan(
         of_block = min(range(of_block, of_block // 2, -1), key=lambda size: -examples % size)
     sizes = _parts(examples, of_block)
     each = int(draws) // replicates
-    return SamplingPlan(sizes, len(sizes), replicates, 0, each, each)
+    # what is left is one more replicate of some blocks
+    left = int(draws * examples) // each - replicates * examples
+    repeated = sum(total <= left for total in accumulate(sizes))
+    return SamplingPlan(sizes, len(sizes), replicates, repeated, each, each)
 
 
 def _parts(examples: int, most: int) -> list[int]:

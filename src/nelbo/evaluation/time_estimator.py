@@ -28,10 +28,10 @@ from nelbo.diffusion.terms import ReconstructionTerm
 from nelbo.diffusion.times import TimeDiscretization, stratified
 from nelbo.evaluation.allocation import STRATA, Proposal, Strata, estimate, even, pilot
 from nelbo.evaluation.blocks import map_blocks
-from nelbo.evaluation.control_variates import ControlVariates
+from nelbo.evaluation.control_variates import STANDARD, ControlVariates
 from nelbo.evaluation.intervals import OWN, as_replicates
 from nelbo.evaluation.kept import Kept, Tasks, once
-from nelbo.evaluation.price import Budget, operations
+from nelbo.evaluation.price import BRIEF, FREE, OF_PILOT, Budget, around, fit_of, operations
 from nelbo.evaluation.survey import (
     FEWEST,
     Estimate,
@@ -47,11 +47,13 @@ from nelbo.evaluation.variate import together
 Pilots = Callable[[Strata, ControlVariates], Proposal]
 
 CALLS = 24  # network calls per example by default
-PILOT = 16  # rows per stratum of a pilot, at least
+PILOT = 8  # rows per stratum of a pilot, at least
 FEW = 4  # pairs of calls of a single example, at least, for an error
-#: share of the calls for a pilot that is not kept; with its fit and `price.SHARE`, a tenth
-OF_PILOT = 1 / 16
-FEW_STRATA = 3  # strata of the diffusion term, at least, for a pilot to be worth its calls
+SHORT = (
+    "so short a run has no pilot and no control variates, which would take more than a tenth of"
+    " it; --variates or variates=True includes them"
+)
+FEW_STRATA = 6  # strata of the diffusion term, at least, for a pilot to be worth its calls
 MUCH = 1 / 4  # share of the draws for the reconstruction without a pilot, at most
 
 
@@ -79,28 +81,33 @@ def estimate_times(
         tasks = None if kept is None else Tasks(kept, "draws", made)
         # those that the fits take
         others = batch.x[batch.order[:: math.ceil(count / FITTED)]] if known is None else known
-        had = pilots is not None
+        had, density, before = pilots is not None, time_density(model, times, others), made.forward
         most = STRATA if had else STRATA // 2 if target else _strata_for(calls * count)
-        strata = Strata(times, time_density(model, times, others), most)
-        rows, left = PILOT, math.inf
+        strata, rows, left = Strata(times, density, most), PILOT, math.inf
         if target is None:
             rows, left = _divided(count, calls, strata.count, per_example, had)
+        budget, seen, notes = None, rows * strata.count, list[str]()
+        if not variates and not had:
+            # how long a run to a target is, its pilot will say
+            whole, free = (calls * count, 0.0) if target is None else (seen / OF_PILOT, FREE)
+            # to standardise their numbers, for the pilot, and for what is known of each example
+            each = min(len(others), STANDARD) + min(seen, count) + count
+            # counted by a call, if it leaves enough of them for an error
+            spare = left - 1 / count >= check_calls(calls, count, per_example)
+            counted = partial(_operations, model, times, batch) if spare else lambda: 0.0
+            beside = around(model.dims, model.head.numbers, together(model.dims))
+            budget = Budget(each, whole, beside, counted, free, endless=target is not None)
+            if rows and not budget.take(fit_of(strata.count)):
+                notes.append(SHORT)
+                # all calls are draws
+                strata, rows, left = Strata(times, density), 0, left + seen / count
+            budget.free = budget.free if rows else BRIEF
         piloted = rows > 0 or had
         # fewer pairs would be too few for an error, of an example or of the mean of few
         few = max(2, 1 + (FEW - 1) / count) if count < 2 * FEWEST else 0
         pairs = left >= 2 * (OWN if per_example and count > 1 else few)
         with seeded(seed, 0):
-            budget = None
-            if variates is None and not had:
-                each = min(len(others), FITTED) + 2 * count
-                # those of a target are unknown before the pilot: as many as its share stands for
-                whole = calls * count if target is None else rows * strata.count / OF_PILOT
-                # counted by a call, if it leaves enough of them for an error
-                spare = left - 1 / count >= check_calls(calls, count, per_example)
-                counted = partial(_operations, model, times, batch) if spare else lambda: 0.0
-                budget = Budget(each, whole, counted)
             fitted_to = None if variates is False else others
-            before = made.forward
             controls = ControlVariates(model, fitted_to, strata.edges, pairs, budget, piloted)
             draws = (left - (made.forward - before) / count) / controls.calls
             if piloted:
@@ -110,6 +117,8 @@ def estimate_times(
                 proposal = Proposal(*parts)
             if target is not None:
                 draws = _foreseen(proposal, count, target, per_example)
+                if budget is not None:
+                    draws = max(draws, (budget.least(seen) - seen) / count / controls.calls)
             many, rounds = per_example or not piloted, target is not None
             sampling = plan(count, draws, many, level=not piloted, rounds=rounds)
             if not piloted:
@@ -135,7 +144,7 @@ def estimate_times(
             turn += 1
             costs = costs.joined(draw(blocks, costs.further(), (seed, 1, turn), track))
         called = (0 if pilots else begun) + sum(gather(made.forward - begun))
-    return Estimate(costs, strata.edges, called, tuple(filter(None, [controls.note])))
+    return Estimate(costs, strata.edges, called, tuple(filter(None, [*notes, controls.note])))
 
 
 def _operations(model: Model, times: TimeDiscretization, batch: Batch) -> float:

@@ -7,6 +7,7 @@ from functools import singledispatch
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.process import ForwardProcess
@@ -48,6 +49,28 @@ class ControlVariate:
     def between(self, x: Tensor) -> list[Tensor]:
         """Return numbers of the examples alone, (B, S) for each stratum or (B, 1) for all."""
         return []
+
+
+class OfExamples(ControlVariate):
+    """The numbers of a control variate that are of examples alone."""
+
+    def __init__(self, of: ControlVariate) -> None:
+        self.of = of
+
+    @override
+    def between(self, x: Tensor) -> list[Tensor]:
+        return self.of.between(x)
+
+
+class OfDraws(ControlVariate):
+    """The numbers of a control variate that are of draws."""
+
+    def __init__(self, of: ControlVariate) -> None:
+        self.of, self.paired, self.usual = of, of.paired, of.usual
+
+    @override
+    def within(self, draws: Sequence[TermDraw]) -> Tensor:
+        return self.of.within(draws)
 
 
 @dataclass(frozen=True)
