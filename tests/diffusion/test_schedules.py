@@ -262,3 +262,26 @@ def test_other_times_are_refused():
 def test_ends_beyond_numbers_are_refused_with_the_range(kind, ends):
     with pytest.raises(ValueError, match=r"both within -300..300; got .* try gamma_min"):
         kind(*ends)
+
+
+def test_it_is_computed_once_for_the_times_of_a_draw():
+    """Only while it is asked to remember, and anew for other times, or those that have changed."""
+    calls = []
+
+    class Counted(Linear):
+        def forward(self, t):
+            calls.append(1)
+            return super().forward(t)
+
+    schedule, t = Counted(-4.0, 4.0), torch.rand(3).double()
+    with schedule.remembering():
+        first = schedule(t)
+        assert schedule(t) is first and len(calls) == 1
+        assert torch.equal(schedule(t.clone()), first) and len(calls) == 2
+        t += 0.1
+        assert torch.equal(schedule(t), Linear(-4.0, 4.0)(t)) and len(calls) == 3
+        with torch.inference_mode():  # whose tensors do not know that they change
+            assert len({schedule(t * 1.0).sum().item() for _ in range(2)}) == 1
+    schedule(t)
+    schedule(t)
+    assert len(calls) == 7

@@ -129,6 +129,24 @@ def test_a_short_run_has_no_pilot(model, images):
     assert not asked.notes and asked.nats != found.nats
 
 
+@pytest.mark.parametrize("operations", [1.0, 1e12])
+def test_a_run_to_a_target_is_ten_times_its_pilot(model, images, monkeypatch, operations):
+    """However soon the target is reached; with variates=True it ends there."""
+    taken, made = [], evaluation.pilot
+
+    def counted(strata, controls, batch, calls):
+        taken.append(calls * strata.count)
+        return made(strata, controls, batch, calls)
+
+    monkeypatch.setattr(evaluation, "pilot", counted)
+    monkeypatch.setattr(evaluation, "_operations", lambda *_: operations)
+    options = {"times": TimeGrid.uniform(20), "target_error": 100.0}
+    found = evaluate(model, images, **options)
+    assert 0 < taken[0] <= 0.07 * found.calls_per_example * len(images)
+    short = evaluate(model, images, variates=True, **options)
+    assert taken[1] == taken[0] > 0.2 * short.calls_per_example * len(images)
+
+
 def test_no_mixtures_are_fitted_for_nothing(model, images, monkeypatch):
     """Levels finer than FINEST have no contexts; the fit would take time."""
     made = []
