@@ -1,13 +1,16 @@
 """Numerics decided in one place: broadcasting, derivatives, log(1 - exp), draws and seeds."""
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+Rows = TypeVar("Rows", Tensor, np.ndarray)
 LOG_2 = 0.6931471805599453
 
 
@@ -21,6 +24,11 @@ def over(v: Tensor, x: Tensor) -> Tensor:
     """
     dtype = x.dtype if x.is_floating_point() else v.dtype
     return v.reshape(v.shape + (1,) * (x.ndim - v.ndim)).to(dtype)
+
+
+def thinned(x: Rows, most: int) -> Rows:
+    """Return at most so many of the rows of x, evenly spaced."""
+    return x[:: max(1, math.ceil(len(x) / most))]
 
 
 def broadcast_shape(*shapes: torch.Size) -> torch.Size:

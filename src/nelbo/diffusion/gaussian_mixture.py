@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 from typing_extensions import override
 
+from nelbo._utils.numerics import thinned
+
 if TYPE_CHECKING:
     from sklearn.mixture import GaussianMixture
 
@@ -149,7 +151,7 @@ def fit(e: np.ndarray, most: int, floor: float = WIDTH**2) -> "GaussianMixture":
     """
     from sklearn.mixture import GaussianMixture
 
-    some = _thinned(e, ROWS)
+    some = thinned(e, ROWS)
     held = np.arange(len(some)) % HELD == HELD - 1
 
     def fitted(mixture: GaussianMixture, rows: np.ndarray) -> GaussianMixture:
@@ -176,7 +178,7 @@ def fit(e: np.ndarray, most: int, floor: float = WIDTH**2) -> "GaussianMixture":
                     means_init=found.means_,
                     precisions_init=found.precisions_,
                 )
-    rows = _thinned(e, max(ROWS, min(FITTED[0], FITTED[1] // e.shape[1] ** 2)))
+    rows = thinned(e, max(ROWS, min(FITTED[0], FITTED[1] // e.shape[1] ** 2)))
     return _shrunk(fitted(chosen, rows), shrinkage)
 
 
@@ -190,10 +192,6 @@ def _shrunk(found: "GaussianMixture", share: float) -> "GaussianMixture":
     if share == 1 and len(shrunk.means_) == 1:
         shrunk.means_ = np.zeros_like(shrunk.means_)
     return shrunk
-
-
-def _thinned(e: np.ndarray, most: int) -> np.ndarray:
-    return e[:: math.ceil(len(e) / most)]
 
 
 def _last(which: Tensor) -> int:

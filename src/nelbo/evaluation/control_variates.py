@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from nelbo._utils.numerics import thinned
 from nelbo.data.schema import as_examples
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.terms import TermDraw
@@ -80,10 +81,10 @@ class ControlVariates:
         self.middle, self.reach = self.centre, math.inf
         if x is None:
             return
-        some = as_examples(x[:: math.ceil(len(x) / FITTED)]).to(model.device)
+        some = as_examples(thinned(x, FITTED)).to(model.device)
         if model.process.has_flow:
             # a single outlier would dominate the fit
-            e = model.process.embed(_few(some)).flatten(1).double()
+            e = model.process.embed(thinned(some, STANDARD)).flatten(1).double()
             self.middle = e.median(0).values
             distance = self._distance(some)
             usual = ~apart(distance)
@@ -98,7 +99,8 @@ class ControlVariates:
             else:
                 self.left_out.append(candidate.name)
         self.calls += pairs and any(part.paired for part in self.parts)
-        phi = torch.cat([self._phi(part) for part in _few(some).split(together(model.dims))])
+        few = thinned(some, STANDARD)
+        phi = torch.cat([self._phi(part) for part in few.split(together(model.dims))])
         self.centre = phi.mean(0)
         spread = (phi - self.centre).square().mean(0).sqrt()
         self.spread = torch.where(spread > 0, spread, 1.0)
@@ -159,17 +161,12 @@ class ControlVariates:
         return torch.stack([column.expand(-1, len(self.edges)) for column in columns], 2)
 
 
-def _few(x: Tensor) -> Tensor:
-    """Return some of the examples, evenly spaced."""
-    return x[:: math.ceil(max(1, len(x)) / STANDARD)]
-
-
 def _candidates(model: Model, x: Tensor, edges: Tensor) -> list[Candidate]:
     """Return all control variates of a model, to be fitted to examples x."""
     found = variates_of(model.process, model, x, edges)
     if len(model.shape) == 3 and model.shape[1] * model.shape[2] > 1:
         calls = CALLS / min(together(model.dims), len(x))
-        work = Work(6 * min(len(x), 256) * model.dims, calls + 7 * model.dims, 0.0)
+        work = Work(6 * min(len(x), STANDARD) * model.dims, calls + 7 * model.dims)
         gradients = Candidate("gradients of the images", work, lambda: GradientFeatures(x))
         return [gradients, *found]
     return found
@@ -187,7 +184,7 @@ class GradientFeatures(ControlVariate):
     """
 
     def __init__(self, x: Tensor) -> None:
-        neighbours, _ = self._differences(x[:256])  # a scale: some examples do
+        neighbours, _ = self._differences(x[:STANDARD])  # a scale: some examples do
         self.mean = neighbours.mean().clamp(min=1e-300)
 
     @staticmethod

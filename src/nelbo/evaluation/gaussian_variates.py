@@ -3,6 +3,7 @@
 See `control_variates`. None needs a network of its own.
 """
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, cached_property
@@ -132,26 +133,28 @@ class LevelVariates(ControlVariate):
         model: of levels.
         x: examples that give the frequencies of the levels, (N, ...).
         edges: times between the strata.
-        mixtures: of the embedded examples, as a source of contexts.
     """
 
-    def __init__(
-        self,
-        model: Model,
-        x: Tensor,
-        edges: Tensor,
-        mixtures: GaussianMixtureEnsemble | None = None,
-    ) -> None:
-        self.model, self.process, self.mixtures = model, gaussian(model), mixtures
+    #: of the embedded examples, as a source of contexts
+    mixtures: GaussianMixtureEnsemble | None = None
+
+    def __init__(self, model: Model, x: Tensor, edges: Tensor) -> None:
+        self.model, self.process = model, gaussian(model)
         self.values, count = self.process.embedding.values, model.process.codes
         self.paired = count <= FINEST
         # the network's own context explains its costs as they are; the mixtures' is another's
         known = float(model.head.level_values is not None)
-        self.usual = () if not self.paired else (known,) if mixtures is None else (0.0, known)
+        self.usual = (known,) if self.paired else ()
         log_frequency = log_frequencies(x.cpu(), count).to(self.values.device)
         self.group, log_group = self._group(log_frequency.flatten(0, -2), len(edges))
         self.log_frequency = log_group[self.group].reshape(log_frequency.shape)
         self.log_group, self.edges = log_group, edges
+
+    def moved_by(self, mixtures: GaussianMixtureEnsemble) -> "LevelVariates":
+        """Return the same with contexts that mixtures of the embedded examples move."""
+        other = copy.copy(self)
+        other.mixtures, other.usual = mixtures, (0.0, *self.usual)
+        return other
 
     @cached_property
     def table(self) -> Tensor:
@@ -327,13 +330,10 @@ def _(process: GaussianDiffusion, model: Model, x: Tensor, edges: Tensor) -> lis
     # with sixteen bits, one column of the table would not fit into memory
     if levels and levels**2 <= TABLE:
         name, frequencies = "the denoiser of independent levels", 9 * count * dims
+        independent = cache(lambda: LevelVariates(model, x, edges))
         integrals = _groups(dims, levels, strata) * levels**2 * strata
         work = Work(3 * NODES * integrals + frequencies, example=alike + 12 * dims)
-        found.append(
-            Candidate(
-                f"{name} (examples)", work, lambda: OfExamples(LevelVariates(model, x, edges))
-            )
-        )
+        found.append(Candidate(f"{name} (examples)", work, lambda: OfExamples(independent())))
         if levels <= FINEST:
             contexts = 2 * (NODES + 1) * levels * dims * (1 + clustered)
             draw = 14 * calls + contexts + clustered * odds
@@ -342,7 +342,7 @@ def _(process: GaussianDiffusion, model: Model, x: Tensor, edges: Tensor) -> lis
                     f"{name} (draws)",
                     Work(frequencies + clustered * fit, draw=draw),
                     lambda: OfDraws(
-                        LevelVariates(model, x, edges, mixtures() if clustered else None)
+                        independent().moved_by(mixtures()) if clustered else independent()
                     ),
                     alone=model.head.level_values is not None,
                 )

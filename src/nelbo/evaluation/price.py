@@ -98,8 +98,7 @@ class Budget:
         return work.once + self.examples * work.example
 
     def least(self, calls: float) -> float:
-        """Return the network calls of a run beside which a pilot of so many, and all that is taken
-        already, is little."""
+        """Return those of a run beside which a pilot of so many and what is taken are little."""
         fixed = DEARER * calls * self.of_a_call + self._fixed(self.spent)
         return fixed / ((OF_PILOT + OF_VARIATES) * self.of_a_call - self.spent.draw)
 

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 from torch.distributions import kl_divergence
 
+from nelbo._utils.numerics import thinned
 from nelbo.data.schema import as_examples
 from nelbo.diffusion.gaussian import GaussianDiffusion, normal
 from nelbo.diffusion.masked import MaskedDiffusion
@@ -110,7 +111,7 @@ def time_density(model: "Model", times: "TimeDiscretization", x: Tensor) -> Time
         return even(times)
     u = even(times).u if times.steps is not None else _bins(times, model.process)
     edges = times.at(u).to(model.device)
-    some = as_examples(x[:: math.ceil(len(x) / FITTED)]).to(model.device)
+    some = as_examples(thinned(x, FITTED)).to(model.device)
     shares = zip(SHARE, (*_masses(model, some, edges[:-1], edges[1:]), u.diff()), strict=True)
     mass = torch.zeros_like(u[1:])
     for share, each in shares:
@@ -205,7 +206,7 @@ def _variances(e: Tensor) -> Tensor:
     if centred.shape[1] <= min(WIDEST, len(e) - 1):
         return torch.linalg.eigvalsh(centred.T @ centred / len(e)).clamp(min=0)
     variances = centred.square().mean(0).sort().values
-    return variances[:: math.ceil(len(variances) / WIDEST)]
+    return thinned(variances, WIDEST)
 
 
 def _linear(process: ForwardProcess, variances: Tensor, t: Tensor) -> Tensor:

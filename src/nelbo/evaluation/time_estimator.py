@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from nelbo._utils.distributed import gather
-from nelbo._utils.numerics import seeded
+from nelbo._utils.numerics import seeded, thinned
 from nelbo._utils.progress import Track
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.elbo import prior_term
@@ -80,7 +80,7 @@ def estimate_times(
     with counting(model.network) as made:
         tasks = None if kept is None else Tasks(kept, "draws", made)
         # those that the fits take
-        others = batch.x[batch.order[:: math.ceil(count / FITTED)]] if known is None else known
+        others = batch.x[thinned(batch.order, FITTED)] if known is None else known
         had, density, before = pilots is not None, time_density(model, times, others), made.forward
         most = STRATA if had else STRATA // 2 if target else _strata_for(calls * count)
         strata, rows, left = Strata(times, density, most), PILOT, math.inf
@@ -101,7 +101,8 @@ def estimate_times(
                 notes.append(SHORT)
                 # all calls are draws
                 strata, rows, left = Strata(times, density), 0, left + seen / count
-            budget.free = budget.free if rows else BRIEF
+            if not rows:
+                budget.free = BRIEF
         piloted = rows > 0 or had
         # fewer pairs would be too few for an error, of an example or of the mean of few
         few = max(2, 1 + (FEW - 1) / count) if count < 2 * FEWEST else 0

@@ -20,7 +20,6 @@ component N(0, 1) for it. Nothing is decoded there, since a symbol beside the co
 number is missing and is decoded itself: P is normalised over {missing} ∪ ℝ.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -30,7 +29,7 @@ from torch.distributions import Distribution, Independent, Normal
 from typing_extensions import override
 
 from nelbo._utils.batch_rng import BatchShard
-from nelbo._utils.numerics import over
+from nelbo._utils.numerics import over, thinned
 from nelbo.data.columns import Place, Transform
 from nelbo.diffusion.decoder import Decoder
 from nelbo.diffusion.distributions import Drawable, LevelMixture, Shape, log_between
@@ -101,7 +100,7 @@ class MonotoneTransform(nn.Module):
             if transform == "quantile" and len(known):
                 # keep knots apart where values repeat
                 least = spread[i] * NARROWEST * torch.arange(len(share))
-                found = torch.quantile(known[:: math.ceil(len(known) / 2**20)], share)
+                found = torch.quantile(thinned(known, 2**20), share)
                 self.x[i] = (found - least).cummax(0).values + least
                 self.e[i] = torch.special.ndtri(share)
 
