@@ -107,25 +107,32 @@ def estimate_times(
         # fewer pairs would be too few for an error, of an example or of the mean of few
         few = max(2, 1 + (FEW - 1) / count) if count < 2 * FEWEST else 0
         pairs = left >= 2 * (OWN if per_example and count > 1 else few)
-        with seeded(seed, 0):
-            fitted_to = None if variates is False else others
-            controls = ControlVariates(model, fitted_to, strata.edges, pairs, budget, piloted)
-            draws = (left - (made.forward - before) / count) / controls.calls
-            if piloted:
-                make = pilots or partial(pilot, batch=batch, calls=rows)
-                found = partial(make, strata, controls)
-                parts = once(tasks, (seed, 0), torch.zeros(0), lambda: [*vars(found()).values()])
-                proposal = Proposal(*parts)
-            if target is not None:
-                draws = _foreseen(proposal, count, target, per_example)
-                if budget is not None:
-                    draws = max(draws, (budget.least(seen) - seen) / count / controls.calls)
-            many, rounds = per_example or not piloted, target is not None
-            sampling = plan(count, draws, many, level=not piloted, rounds=rounds)
-            if not piloted:
-                proposal = even(
-                    strata, controls, _first_share(model, times, sampling, controls.calls)
-                )
+
+        def learned(*path: int) -> tuple[ControlVariates, Proposal | None, float]:
+            """Return the control variates, what a pilot tells, and the draws of each example."""
+            with seeded(*path):
+                fitted_to, found = None if variates is False else others, None
+                controls = ControlVariates(model, fitted_to, strata.edges, pairs, budget, piloted)
+                if piloted:
+                    make = pilots or partial(pilot, batch=batch, calls=rows)
+                    found = _kept(tasks, path, partial(make, strata, controls))
+            if found is not None and target is not None:
+                return controls, found, _foreseen(found, count, target, per_example)
+            return controls, found, (left - (made.forward - before) / count) / controls.calls
+
+        controls, proposal, draws = learned(seed, 0)
+        if budget is not None and target is not None:
+            looks = 1
+            while controls.left_out and budget.lengthen(draws * count * controls.calls):
+                controls, proposal, draws = learned(seed, 3, looks)
+                looks += 1
+            least = budget.least(looks * seen) - looks * seen
+            draws = max(draws, least / count / controls.calls)
+        many, rounds = per_example or not piloted, target is not None
+        sampling = plan(count, draws, many, level=not piloted, rounds=rounds)
+        if proposal is None:
+            share = _first_share(model, times, sampling, controls.calls)
+            proposal = even(strata, controls, share)
         begun = made.forward
         of_examples = _known(controls, proposal, batch)
         _check_prior(of_examples[:, 0])
@@ -146,6 +153,11 @@ def estimate_times(
             costs = costs.joined(draw(blocks, costs.further(), (seed, 1, turn), track))
         called = (0 if pilots else begun) + sum(gather(made.forward - begun))
     return Estimate(costs, strata.edges, called, tuple(filter(None, [*notes, controls.note])))
+
+
+def _kept(tasks: Tasks | None, path: Sequence[int], make: Callable[[], Proposal]) -> Proposal:
+    """Return the proposal, or the one that a measurement which is resumed has made."""
+    return Proposal(*once(tasks, path, torch.zeros(0), lambda: [*vars(make()).values()]))
 
 
 def _operations(model: Model, times: TimeDiscretization, batch: Batch) -> float:
