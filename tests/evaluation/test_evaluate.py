@@ -121,6 +121,13 @@ def test_the_calls_are_those_of_the_network(model, x, times, calls):
     assert (calls or CALLS) / 2 <= result.calls_per_example <= (calls or CALLS)
 
 
+def test_a_pilot_leaves_the_rest_of_the_calls_to_the_draws(model, x):
+    """Its calls are subtracted once."""
+    many = x.repeat(30, 1)
+    result = evaluate(model, many, calls=64, variates=True)
+    assert 0.99 * 64 < result.calls_per_example <= 64
+
+
 @pytest.mark.parametrize("scored", [False, True])
 @pytest.mark.parametrize("examples", [1, 5, 69])
 def test_the_call_that_counts_operations_is_one_of_them(model, x, examples, scored, monkeypatch):

@@ -113,12 +113,13 @@ def estimate_times(
             with seeded(*path):
                 fitted_to, found = None if variates is False else others, None
                 controls = ControlVariates(model, fitted_to, strata.edges, pairs, budget, piloted)
+                draws = (left - (made.forward - before) / count) / controls.calls
                 if piloted:
                     make = pilots or partial(pilot, batch=batch, calls=rows)
                     found = _kept(tasks, path, partial(make, strata, controls))
-            if found is not None and target is not None:
-                return controls, found, _foreseen(found, count, target, per_example)
-            return controls, found, (left - (made.forward - before) / count) / controls.calls
+                if found is not None and target is not None:
+                    draws = _foreseen(found, count, target, per_example)
+            return controls, found, draws
 
         controls, proposal, draws = learned(seed, 0)
         if budget is not None and target is not None:
