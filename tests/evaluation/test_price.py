@@ -106,12 +106,14 @@ def test_a_run_of_unknown_length_takes_what_stays_little():
 def test_the_length_of_a_run_is_found_step_by_step():
     """Not at once, as what is fitted anew may make it shorter."""
     budget = Budget(10, 100, 2e3, lambda: 0.0, endless=True)
+    assert not budget.take(Work(draw=2 * OF_VARIATES * 2e3)) and not budget.lengthen(1e6)
     assert not budget.take(Work(1e5)) and not budget.lengthen(100)
     assert budget.take(Work(draw=0.9 * OF_VARIATES * 2e3)) and budget.lengthen(1e6)
     assert budget.draws == 100 * MORE and budget.spent.draw == 0
     assert not budget.take(Work(1e5)) and budget.lengthen(5000) and budget.draws == 100 * MORE**2
-    assert budget.take(Work(9e4)) and budget.lengthen(5000) and budget.draws == 5000
-    assert not budget.lengthen(5000)
+    assert budget.take(Work(9e4)) and not budget.lengthen(5000)
+    assert not budget.take(Work(1e6)) and budget.lengthen(5000) and budget.draws == 5000
+    assert not budget.take(Work(1e6)) and not budget.lengthen(5000)
 
 
 def test_what_does_not_pay_is_left_out_and_said(model, images, monkeypatch):

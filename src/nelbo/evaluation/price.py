@@ -75,6 +75,8 @@ class Budget:
     free: float = 0.0
     endless: bool = False
     spent: Work = field(default=Work(), init=False)
+    #: whether a longer run would take what this one refused
+    too_short: bool = field(default=False, init=False)
 
     @cached_property
     def of_a_call(self) -> float:
@@ -88,6 +90,8 @@ class Budget:
         little = self._is_little(whole, self.around) or self._is_little(whole, self.of_a_call)
         if little:
             self.spent = whole
+        elif whole.draw <= OF_VARIATES * self.of_a_call:
+            self.too_short = True
         return little
 
     def _is_little(self, work: Work, of_a_call: float) -> bool:
@@ -99,15 +103,16 @@ class Budget:
         return work.once + self.examples * work.example
 
     def lengthen(self, calls: float) -> bool:
-        """Return whether a run that takes so many calls may spend more; if so, it is let.
+        """Return whether a run of so many calls may take what was refused; if so, it is let.
 
         A little at a time, as what is fitted anew may shorten the run.
         """
         now = max(self.draws, self.free / (OF_VARIATES * self.of_a_call))
-        if calls <= now:
-            return False
-        self.draws, self.spent = min(calls, MORE * now), self.spent._replace(draw=0.0)
-        return True
+        longer = self.too_short and calls > now
+        if longer:
+            self.draws, self.too_short = min(calls, MORE * now), False
+            self.spent = self.spent._replace(draw=0.0)
+        return longer
 
     def least(self, calls: float) -> float:
         """Return those of a run beside which a pilot of so many and what is taken are little."""

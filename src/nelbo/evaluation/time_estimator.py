@@ -124,7 +124,7 @@ def estimate_times(
         controls, proposal, draws = learned(seed, 0)
         if budget is not None and target is not None:
             looks = 1
-            while controls.left_out and budget.lengthen(draws * count * controls.calls):
+            while budget.lengthen(draws * count * controls.calls):
                 controls, proposal, draws = learned(seed, 3, looks)
                 looks += 1
             least = budget.least(looks * seen) - looks * seen
