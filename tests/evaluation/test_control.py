@@ -529,6 +529,14 @@ def test_the_noise_of_a_monte_carlo_kl_comes_again(exact_integrals):
     torch.testing.assert_close(left.mean(), low - high, rtol=0, atol=5e-5)
 
 
+def test_without_features_the_level_of_a_stratum_is_between():
+    """So that a pilot without control variates knows the costs of each stratum."""
+    controls = ControlVariates(gaussian().model, None, EDGES)
+    x = gaussian().examples(5)
+    assert torch.equal(controls.between(x), torch.ones(5, len(EDGES), 1, dtype=torch.float64))
+    assert controls.features == 1
+
+
 def test_the_terms_of_the_reference_are_between():
     """φ of a cell of levels is D(s) - D(t) and -log P(x) - D(t_1), up to scale."""
     data = levels().examples(69).long()

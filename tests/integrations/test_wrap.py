@@ -837,3 +837,35 @@ def test_no_example_is_one_sentence(shape):
             betas=np.linspace(0.02, 0.9, 12),
             **options,
         )
+
+
+def seeding(y, time):
+    torch.manual_seed(5)
+    return y
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        (lambda y, _: torch.complex(y, y), "type torch.complex128"),
+        (lambda y, _: y.long(), "type torch.int64"),
+        (seeding, "sets the seed of torch's random numbers"),
+    ],
+    ids=["complex", "integers", "seeds"],
+)
+def test_a_network_whose_numbers_would_be_wrong_is_refused(function, said):
+    with pytest.raises(ValueError, match=said):
+        wrap(Network(function), SHAPE, predicts="noise", betas=BETAS)
+
+
+def test_a_network_may_seed_random_numbers_of_its_own():
+    def own(y, time):
+        with torch.random.fork_rng():
+            return seeding(y, time)
+
+    x = torch.randint(0, 256, (4, *SHAPE))
+    models = (
+        wrap(Network(of), SHAPE, predicts="noise", betas=BETAS) for of in (own, lambda y, _: y)
+    )
+    one, other = (evaluate(model, x, times=TimeGrid.uniform(T), calls=8) for model in models)
+    assert one.nats == other.nats

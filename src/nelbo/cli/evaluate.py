@@ -72,8 +72,8 @@ def evaluate(
         few calls per example suffice, only a random sample of the examples is evaluated.
     variates
         Use control variates, which reduce the error without network calls; or --no-variates. By
-        default, where no pilot is kept, those that take at most 2.5 % of the operations of
-        the network, which a note says.
+        default, where no pilot is kept, those that take at most 1/32 of the run by
+        counted operations; a note says what is left out.
     sampler
         For a masked model: also state the exact -log P(x) of a sampler that shows its symbols
         left-to-right, or the most certain first, by the largest probability (greedy), the margin

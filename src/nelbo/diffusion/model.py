@@ -351,16 +351,19 @@ def counting(network: nn.Module) -> Iterator[Calls]:
     def backward(gradient: Tensor) -> None:
         calls.backward += len(gradient)
 
-    def forward(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        calls.forward += len(inputs[0])
+    def before(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        calls.forward += len(inputs[0])  # also of a call whose result is refused
+
+    def after(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         if output.requires_grad:
             output.register_hook(backward)
 
-    handle = network.register_forward_hook(forward)
+    handles = network.register_forward_pre_hook(before), network.register_forward_hook(after)
     try:
         yield calls
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 def model_hash(model: Model) -> str:

@@ -147,7 +147,7 @@ class ControlVariates:
         phi = (self._phi(x) - self.centre) / self.spread
         # any numbers are valid, so those of an outlier are moved into the usual range
         phi = phi.nan_to_num(0.0).clamp(-FAR, FAR)
-        return torch.cat([torch.ones_like(phi[..., :1]), phi], -1).cpu()
+        return torch.nn.functional.pad(phi, (1, 0), value=1.0).cpu()
 
     def _distance(self, x: Tensor) -> Tensor:
         """Return the largest distance of a number of each example from its median, (N,)."""

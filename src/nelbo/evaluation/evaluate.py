@@ -24,9 +24,7 @@ from nelbo.evaluation.kept import keeping
 from nelbo.evaluation.masks import check_masks, estimate_masks, exact_counts
 from nelbo.evaluation.result import CurvePoint, Evaluation, Terms
 from nelbo.evaluation.survey import Estimate
-from nelbo.evaluation.time_estimator import CALLS, Pilots, estimate_times
-
-MANY = 1e9  # network calls of an example, at most
+from nelbo.evaluation.time_estimator import CALLS, MANY, Pilots, estimate_times
 
 
 def evaluate(
@@ -74,7 +72,7 @@ def evaluate(
         pilots: returns the proposal of a pilot of this model, for the strata and the controls of
             `known`: `runs.pilot_cache`. Its calls are not counted.
         variates: use control variates; by default, where no pilot is kept, those that take at most
-            2.5 % of the operations of the network (`price`), which a note says.
+            1/32 of the run by counted operations (`price`); a note says what is left out.
         surrogate: a cheaper masked model of the same symbols, for a masked model in continuous
             time: it reads the same masks and many more, and the model is called only for
             the difference (`masks`). The result is unbiased for any surrogate; its calls are not

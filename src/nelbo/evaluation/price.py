@@ -31,7 +31,6 @@ AROUND = 6.0, 20.0, 4.0
 OF_PILOT, OF_VARIATES = 1 / 20, 1 / 32  # shares of a run; measured, up to a third more
 DEARER = 1.25  # a call of a pilot, of which more are reconstructions, beside another
 FREE = 2.0**24  # passes that a run of unknown length may take: a twentieth of a second
-MORE = 4.0  # factor, at most, on the length of a run that is found to be longer than assumed
 BRIEF = 2.0**21  # the same of a run too short for a pilot: six thousandths
 LEAST = 1e-3  # price of a mask read by a surrogate, in network calls, at least
 
@@ -61,7 +60,7 @@ class Budget:
     Args:
         examples: for which their numbers are computed, an example as often as they are.
         draws: network calls of the run, without those that check how another library's network
-            is read; if its length is unknown, those that are assumed.
+            is read; if its length is unknown, those of a likely one.
         around: passes around a network call.
         operations: returns those of a network call; called at most once, and only if needed.
         free: passes that are never too many.
@@ -75,8 +74,6 @@ class Budget:
     free: float = 0.0
     endless: bool = False
     spent: Work = field(default=Work(), init=False)
-    #: whether a longer run would take what this one refused
-    too_short: bool = field(default=False, init=False)
 
     @cached_property
     def of_a_call(self) -> float:
@@ -90,8 +87,6 @@ class Budget:
         little = self._is_little(whole, self.around) or self._is_little(whole, self.of_a_call)
         if little:
             self.spent = whole
-        elif whole.draw <= OF_VARIATES * self.of_a_call:
-            self.too_short = True
         return little
 
     def _is_little(self, work: Work, of_a_call: float) -> bool:
@@ -101,18 +96,6 @@ class Budget:
 
     def _fixed(self, work: Work) -> float:
         return work.once + self.examples * work.example
-
-    def lengthen(self, calls: float) -> bool:
-        """Return whether a run of so many calls may take what was refused; if so, it is let.
-
-        A little at a time, as what is fitted anew may shorten the run.
-        """
-        now = max(self.draws, self.free / (OF_VARIATES * self.of_a_call))
-        longer = self.too_short and calls > now
-        if longer:
-            self.draws, self.too_short = min(calls, MORE * now), False
-            self.spent = self.spent._replace(draw=0.0)
-        return longer
 
     def least(self, calls: float) -> float:
         """Return those of a run beside which a pilot of so many and what is taken are little."""

@@ -261,8 +261,10 @@ def check_calls(calls: float, examples: int, each: bool) -> float:
     """
     least = 2.0 if each else 2 * min(1.0, FEWEST / max(1, examples))
     if not least <= calls < math.inf:
+        digit = 10.0 ** (math.floor(math.log10(least)) - 1)  # two digits, rounded up
+        shown = math.ceil(least / digit - 1e-9) * digit
         raise ValueError(
-            f"calls must be at least {least:.2g} per example, to have an error bar"
+            f"calls must be at least {shown:.2g} per example, to have an error bar"
             f"{' of each' if each else ''}, and finite; got {calls:g}; try 24"
         )
     return least

@@ -47,11 +47,16 @@ from nelbo.evaluation.variate import together
 Pilots = Callable[[Strata, ControlVariates], Proposal]
 
 CALLS = 24  # network calls per example by default
+MANY = 1e9  # the same, at most
 PILOT = 8  # rows per stratum of a pilot, at least
 FEW = 4  # pairs of calls of a single example, at least, for an error
 SHORT = (
     "so short a run has no pilot and no control variates, which would take more than a tenth of"
     " it; --variates or variates=True includes them"
+)
+LONGER = (
+    "the run has {:.0f} network calls, so that its pilot and control variates are a tenth of it,"
+    " where the target takes about {:.0f}; --variates or variates=True ends at the target"
 )
 FEW_STRATA = 6  # strata of the diffusion term, at least, for a pilot to be worth its calls
 MUCH = 1 / 4  # share of the draws for the reconstruction without a pilot, at most
@@ -107,33 +112,29 @@ def estimate_times(
         # fewer pairs would be too few for an error, of an example or of the mean of few
         few = max(2, 1 + (FEW - 1) / count) if count < 2 * FEWEST else 0
         pairs = left >= 2 * (OWN if per_example and count > 1 else few)
-
-        def learned(*path: int) -> tuple[ControlVariates, Proposal | None, float]:
-            """Return the control variates, what a pilot tells, and the draws of each example."""
-            with seeded(*path):
-                fitted_to, found = None if variates is False else others, None
-                controls = ControlVariates(model, fitted_to, strata.edges, pairs, budget, piloted)
-                draws = (left - (made.forward - before) / count) / controls.calls
-                if piloted:
-                    make = pilots or partial(pilot, batch=batch, calls=rows)
-                    found = _kept(tasks, path, partial(make, strata, controls))
-                if found is not None and target is not None:
-                    draws = _foreseen(found, count, target, per_example)
-            return controls, found, draws
-
-        controls, proposal, draws = learned(seed, 0)
-        if budget is not None and target is not None:
-            looks = 1
-            while budget.lengthen(draws * count * controls.calls):
-                controls, proposal, draws = learned(seed, 3, looks)
-                looks += 1
-            least = budget.least(looks * seen) - looks * seen
-            draws = max(draws, least / count / controls.calls)
-        many, rounds = per_example or not piloted, target is not None
-        sampling = plan(count, draws, many, level=not piloted, rounds=rounds)
-        if proposal is None:
-            share = _first_share(model, times, sampling, controls.calls)
-            proposal = even(strata, controls, share)
+        with seeded(seed, 0):
+            fitted_to = None if variates is False else others
+            controls = ControlVariates(model, fitted_to, strata.edges, pairs, budget, piloted)
+            draws = (left - (made.forward - before) / count) / controls.calls
+            if piloted:
+                make = pilots or partial(pilot, batch=batch, calls=rows)
+                found = partial(make, strata, controls)
+                parts = once(tasks, (seed, 0), torch.zeros(0), lambda: [*vars(found()).values()])
+                proposal = Proposal(*parts)
+            if target is not None:
+                draws = _foreseen(proposal, count, target, per_example)
+                _check_many(draws * controls.calls)
+                if budget is not None:
+                    whole, enough = budget.least(seen), seen + draws * count * controls.calls
+                    if whole > 2 * enough:
+                        notes.append(LONGER.format(whole, enough))
+                    draws = max(draws, (whole - seen) / count / controls.calls)
+            many, rounds = per_example or not piloted, target is not None
+            sampling = plan(count, draws, many, level=not piloted, rounds=rounds)
+            if not piloted:
+                proposal = even(
+                    strata, controls, _first_share(model, times, sampling, controls.calls)
+                )
         begun = made.forward
         of_examples = _known(controls, proposal, batch)
         _check_prior(of_examples[:, 0])
@@ -154,11 +155,6 @@ def estimate_times(
             costs = costs.joined(draw(blocks, costs.further(), (seed, 1, turn), track))
         called = (0 if pilots else begun) + sum(gather(made.forward - begun))
     return Estimate(costs, strata.edges, called, tuple(filter(None, [*notes, controls.note])))
-
-
-def _kept(tasks: Tasks | None, path: Sequence[int], make: Callable[[], Proposal]) -> Proposal:
-    """Return the proposal, or the one that a measurement which is resumed has made."""
-    return Proposal(*once(tasks, path, torch.zeros(0), lambda: [*vars(make()).values()]))
 
 
 def _operations(model: Model, times: TimeDiscretization, batch: Batch) -> float:
@@ -205,6 +201,15 @@ def _foreseen(proposal: Proposal, examples: int, target: float, scored: bool) ->
     # if no number of draws is enough, one round shows it
     wanted = wanted if math.isfinite(wanted) else 0.0
     return max(wanted, 2.0 if scored else 2 * min(1.0, FEWEST / examples))
+
+
+def _check_many(calls: float) -> None:
+    """Raise a ValueError if a target error takes more calls per example than can be made."""
+    if calls > MANY:
+        raise ValueError(
+            f"the target error would take some {calls:.0e} network calls per example; try a"
+            " larger one"
+        )
 
 
 def _first_share(

@@ -89,9 +89,9 @@ class Steps(Schedule):
         i = place.round()
         if (((place - i).abs() > 1e-9 * self.steps) | (i < 0) | (i > self.steps)).any():
             raise ValueError(
-                f"the model knows {self.steps} times, i/{self.steps}, and others were asked for;"
-                f" try steps={self.steps}, TimeGrid.uniform({self.steps}), or a divisor of it,"
-                " or keep=... for other times"
+                f"the model knows {self.steps} times, i/{self.steps}, and no others, as continuous"
+                f" time would need; try steps={self.steps}, TimeGrid.uniform({self.steps}), or a"
+                " divisor of it, or keep=... for other times"
             )
         return i.long()
 
@@ -191,17 +191,29 @@ class Adapter(nn.Module):
         return gamma, time.to(level.dtype) if time.is_floating_point() else time
 
     def _call(self, y: Tensor, time: Tensor, *condition: Tensor) -> Tensor:
+        seed = torch.initial_seed()
         try:
             output: object = self.network(y, time, *condition)
         except (RuntimeError, TypeError, IndexError, AttributeError) as error:
             if isinstance(error, RuntimeError) and is_exhausted(error):
                 raise  # it is called with fewer rows
             raise ValueError(self._failure(error, y, time, *condition)) from error
+        if torch.initial_seed() != seed:
+            raise ValueError(
+                "the wrapped network sets the seed of torch's random numbers when it is called, so"
+                " that noise would come again; take manual_seed out of it, or call it inside"
+                " torch.random.fork_rng()"
+            )
         if not isinstance(output, Tensor):
             output = getattr(output, "sample", output)  # as the networks of diffusers say it
         channels, batch = self.outputs * self.shape[0], len(y)
         expected = (batch, channels, *self.shape[1:])
         if isinstance(output, Tensor) and output.shape == expected:
+            if not output.is_floating_point():
+                raise ValueError(
+                    f"the wrapped network gives numbers of type {output.dtype}; it must give real"
+                    " ones, such as torch.float32"
+                )
             if not output.isfinite().all() and all(v.isfinite().all() for v in (y, *condition)):
                 raise ValueError(
                     "the wrapped network gives values that are not finite at the time"

@@ -124,7 +124,7 @@ def evaluate(
             the result.
         per_example: for a better standard error of each example.
         variates: use control variates; by default, where no pilot is kept, those that take at most
-            2.5 % of the operations of the network, which a note says.
+            1/32 of the run by counted operations; a note says what is left out.
         sampler: for a masked model, left-to-right, greedy, margin, entropy or, for at most 16
             symbols, random: also measure the exact -log P(x) of the sampler that shows symbols in
             this order, as `result.in_order`; see `nelbo.diffusion.unmasking`.
