@@ -108,6 +108,20 @@ def test_all_need_nothing_known(population):
     assert found.error().data == pytest.approx(truth.sum(1).std().item() / N**0.5, rel=0.2)
 
 
+def test_data_beneath_the_noise_have_an_error_all_the_same():
+    """Their spread is unknown, and not zero: the stated error is seldom less than half of it."""
+    stated = []
+    with seeded(3):
+        for _ in range(200):
+            cost = 0.5 * torch.randn(60, 1, 1).double() + 3 * torch.randn(60, 2, 1).double()
+            known = torch.zeros(60, 3).double()
+            blocks = torch.arange(60).split(10)
+            found = SurveyEstimate(blocks, [pad(c, (1, 1)) for c in cost.split(10)], known)
+            stated.append(found.error().data)
+    assert min(stated) > 0
+    assert (torch.tensor(stated) > 0.5 * 0.5 / 60**0.5).double().mean() > 0.95
+
+
 def test_what_was_not_visited_has_no_bound(population):
     found = sample(*population, 60)
     each = found.bound.elbo

@@ -8,6 +8,8 @@ are independent. If all N examples are visited,
     Monte Carlo²   Σ_g (n_g/N)² w_g²/R_g,  w_g² = var_r( mean_{i in g} L_ir )   another seed
     data²          ( var_i(mean_r L_ir) - mean_i(w_i²/R_g) ) / N,  w_i² = var_r( L_ir )  other data
 
+data² is at least √(2/(N-1)) mean_i(w_i²/R_g)/N, which the noise may hide by chance.
+
 If only a random sample S of n is, the known costs k_i, which need no network, are used for all
 examples (the regression estimator in two stages: Cochran, Sampling Techniques, 1977, sections 7.1
 and 10.4):
@@ -194,7 +196,8 @@ class SurveyEstimate:
                 for b in whole.costs
             ]
         ).mean()
-        spread = (each.var() - noise).clamp(min=0) / len(self.known)
+        hidden = noise * math.sqrt(2 / (len(each) - 1))
+        spread = (each.var() - noise).maximum(hidden) / len(self.known)
         data = spread.sqrt().item() * widened(len(each) - 1.0)
         return StandardError(math.hypot(data, monte_carlo), data, monte_carlo)
 
