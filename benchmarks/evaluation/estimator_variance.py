@@ -1,7 +1,7 @@
 """Monte Carlo variance of the mean bound at equal network calls: nelbo's estimator and its peers.
 
     python benchmarks/evaluation/estimator_variance.py RUN [--examples N] [--seeds S]
-        [--json out.json]
+        [--passes P] [--json out.json]
 
 RUN is a run of `nelbo train`; its test split is measured, in continuous time. Calls are network
 calls per example. Every example is fixed, so the variance is that of the draws alone.
@@ -25,9 +25,10 @@ At n calls the first four have 1/n of the variance at one, which is measured in 
 discrepancy leaves what is neither an effect of the example nor one of time: the residual variance
 of a two-way fit, the limit of infinitely fine strata. nelbo at n calls does as `nelbo
 evaluate --calls n`, an error bar included: few calls are of a sample of the examples, some of it
-twice; `survey` has the variance, whose parts are taken from max(2, S/n) passes over all. Of the
-full sum's terms each example draws one, at stratified places, and the reconstruction, twice: the
-mean half square of the differences, times the number of terms. Its steps are Gaussian, as theirs.
+twice; `survey` has the variance, whose parts are taken from P passes over all, by default
+max(2, S/n); with 60 the errors are 4 %. Of the full sum's terms each example draws one, at
+stratified places, and the reconstruction, twice: the mean half square of the differences, times
+the number of terms. Its steps are Gaussian, as theirs.
 The ± are relative errors, from the spread over examples or blocks. Peers' seconds are those of our
 own network calls.
 
@@ -267,8 +268,8 @@ def learn(run: Run, times: TimeDiscretization, x: Tensor, trained: Tensor) -> Kn
     return Known(strata, controls, pilots(strata, controls))
 
 
-def compare(run: Run, x: Tensor, trained: Tensor, passes: int) -> Iterator[Row]:
-    """All methods, as they are measured."""
+def compare(run: Run, x: Tensor, trained: Tensor, passes: int, own: int | None) -> Iterator[Row]:
+    """All methods, as they are measured; `own` are the passes of nelbo."""
     model, times = run.model, ContinuousTime(run.model.process.schedule.start)
     start = time.perf_counter()
     found = peers(model, times, x, passes)
@@ -280,7 +281,7 @@ def compare(run: Run, x: Tensor, trained: Tensor, passes: int) -> Iterator[Row]:
     yield Row("full sum", T, variance, (time.perf_counter() - start) / (4 * len(x)))
     known = learn(run, times, x, trained)
     for n in AT:
-        repeated = max(2, passes // n)
+        repeated = own or max(2, passes // n)
         start = time.perf_counter()
         variance = ours(known, x, n, repeated)
         each = known.controls.calls
@@ -357,6 +358,7 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--examples", type=int)
     parser.add_argument("--seeds", type=int, default=32, help="S: passes of the peers")
+    parser.add_argument("--passes", type=int, help="P: passes of nelbo")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     run = load(options.run)
@@ -365,7 +367,7 @@ def main() -> None:
     whole = splits["test"]
     unit = model.dims * LOG_2
     with measuring(model), seeded(0):
-        rows, low = tell(compare(run, x, trained, options.seeds), unit)
+        rows, low = tell(compare(run, x, trained, options.seeds, options.passes), unit)
     summary = spent(run, x, trained, whole, low, max(1, options.seeds // 8), unit)
     if options.json:
         document = {"run": run.path.name, "examples": len(x), "seeds": options.seeds}
