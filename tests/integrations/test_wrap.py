@@ -858,14 +858,17 @@ def test_a_network_whose_numbers_would_be_wrong_is_refused(function, said):
         wrap(Network(function), SHAPE, predicts="noise", betas=BETAS)
 
 
-def test_a_network_may_seed_random_numbers_of_its_own():
+def test_a_network_may_seed_and_switch_for_itself():
+    """Random numbers inside a fork, and gradients."""
+
     def own(y, time):
+        torch.set_grad_enabled(True)
         with torch.random.fork_rng():
-            return seeding(y, time)
+            return seeding(y, time) * nn.Parameter(torch.ones(()))
 
     x = torch.randint(0, 256, (4, *SHAPE))
     models = (
         wrap(Network(of), SHAPE, predicts="noise", betas=BETAS) for of in (own, lambda y, _: y)
     )
     one, other = (evaluate(model, x, times=TimeGrid.uniform(T), calls=8) for model in models)
-    assert one.nats == other.nats
+    assert one.nats == other.nats and torch.is_grad_enabled()

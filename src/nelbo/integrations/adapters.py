@@ -191,9 +191,10 @@ class Adapter(nn.Module):
         return gamma, time.to(level.dtype) if time.is_floating_point() else time
 
     def _call(self, y: Tensor, time: Tensor, *condition: Tensor) -> Tensor:
-        seed = torch.initial_seed()
+        seed, gradients = torch.initial_seed(), torch.is_grad_enabled()
         try:
-            output: object = self.network(y, time, *condition)
+            with torch.set_grad_enabled(gradients):  # which the network may switch
+                output: object = self.network(y, time, *condition)
         except (RuntimeError, TypeError, IndexError, AttributeError) as error:
             if isinstance(error, RuntimeError) and is_exhausted(error):
                 raise  # it is called with fewer rows
@@ -220,7 +221,7 @@ class Adapter(nn.Module):
                     f" {time[~output.flatten(1).isfinite().all(1)][0].item():g}; was it trained"
                     " at that time, and is its precision sufficient?"
                 )
-            return output
+            return output if gradients else output.detach()
         got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         hint = "wrap it in a module that gives that tensor"
         if got == (batch, 2 * self.shape[0], *self.shape[1:]):
