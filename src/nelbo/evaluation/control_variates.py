@@ -32,6 +32,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from typing_extensions import override
 
 from nelbo._utils.numerics import thinned
@@ -147,7 +148,7 @@ class ControlVariates:
         phi = (self._phi(x) - self.centre) / self.spread
         # any numbers are valid, so those of an outlier are moved into the usual range
         phi = phi.nan_to_num(0.0).clamp(-FAR, FAR)
-        return torch.nn.functional.pad(phi, (1, 0), value=1.0).cpu()
+        return pad(phi, (1, 0), value=1.0).cpu()
 
     def _distance(self, x: Tensor) -> Tensor:
         """Return the largest distance of a number of each example from its median, (N,)."""
