@@ -238,6 +238,8 @@ def test_too_few_calls_for_an_error_bar():
     for calls in (math.nan, math.inf, 0, -1):
         with pytest.raises(ValueError, match=r"calls must be at least 0\.01 per"):
             _divided(12_800, calls, 33, False, False)
+    with pytest.raises(ValueError, match=r"at least 0\.29 per.*got 0\.28;"):  # 0.2844
+        _divided(450, 0.28, 33, False, False)
     with pytest.raises(ValueError, match=r"calls must be at least 2.*got 1"):
         _divided(10, 1, 33, False, False)
 

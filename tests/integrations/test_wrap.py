@@ -14,6 +14,7 @@ from torch import nn
 from nelbo import Batch, ContinuousTime, TimeGrid, evaluate
 from nelbo._utils.numerics import seeded
 from nelbo.diffusion.gaussian import Affine, Levels
+from nelbo.diffusion.model import counting
 from nelbo.diffusion.prediction import Prediction
 from nelbo.diffusion.schedules import Linear
 from nelbo.diffusion.times import elbo
@@ -872,3 +873,12 @@ def test_a_network_may_seed_and_switch_for_itself():
     )
     one, other = (evaluate(model, x, times=TimeGrid.uniform(T), calls=8) for model in models)
     assert one.nats == other.nats and torch.is_grad_enabled()
+
+
+def test_a_call_whose_result_is_refused_is_counted():
+    network = Network(lambda y, _: y * math.inf)
+    model = wrap(network, SHAPE, predicts="noise", betas=BETAS, check=False)
+    x = torch.randint(0, 256, (4, *SHAPE))
+    with counting(model.network) as calls, pytest.raises(ValueError, match="not finite"):
+        evaluate(model, x, times=TimeGrid.uniform(T), calls=8)
+    assert calls.forward > 0
