@@ -162,6 +162,23 @@ def test_one_row_that_does_not_fit_is_one_sentence():
         bound(Small(0))
 
 
+def test_a_network_that_sets_the_seed_is_refused():
+    """Whoever's it is: what is drawn after each call would be the same."""
+
+    def seeding(x):
+        torch.manual_seed(5)
+        return x
+
+    def fork(x):
+        with torch.random.fork_rng():
+            return seeding(x)
+
+    x = torch.ones(3, 2)
+    assert torch.equal(NetworkCalls("Net")(fork, [x]), x)
+    with pytest.raises(ValueError, match="network Net sets the seed of torch's random numbers"):
+        NetworkCalls("Net")(seeding, [x])
+
+
 def test_other_errors_are_not_of_memory():
     def broken(y):
         raise RuntimeError("shapes differ")

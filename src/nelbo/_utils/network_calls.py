@@ -77,8 +77,9 @@ class NetworkCalls:
             rows: the fixed rule, which the first call follows; None for all rows.
 
         Raises:
-            ValueError: one row does not fit the memory.
+            ValueError: one row does not fit the memory, or the network sets the seed.
         """
+        seed = torch.initial_seed()
         total, like = len(inputs[0]), inputs[0]
         key = like.device, like.shape[1:], like.dtype
         adaptive = not torch.is_grad_enabled() and not _fixed.get()
@@ -107,6 +108,12 @@ class NetworkCalls:
                 self.known[key] = count // 2
             else:
                 raise ValueError(self._one_row_too_many(like))
+        if torch.initial_seed() != seed:
+            raise ValueError(
+                f"the network {self.name} sets the seed of torch's random numbers when it is"
+                " called, so that noise would come again; take manual_seed out of it, or call it"
+                " inside torch.random.fork_rng()"
+            )
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _one_row_too_many(self, like: Tensor) -> str:

@@ -191,7 +191,7 @@ class Adapter(nn.Module):
         return gamma, time.to(level.dtype) if time.is_floating_point() else time
 
     def _call(self, y: Tensor, time: Tensor, *condition: Tensor) -> Tensor:
-        seed, gradients = torch.initial_seed(), torch.is_grad_enabled()
+        gradients = torch.is_grad_enabled()
         try:
             with torch.set_grad_enabled(gradients):  # which the network may switch
                 output: object = self.network(y, time, *condition)
@@ -199,12 +199,6 @@ class Adapter(nn.Module):
             if isinstance(error, RuntimeError) and is_exhausted(error):
                 raise  # it is called with fewer rows
             raise ValueError(self._failure(error, y, time, *condition)) from error
-        if torch.initial_seed() != seed:
-            raise ValueError(
-                "the wrapped network sets the seed of torch's random numbers when it is called, so"
-                " that noise would come again; take manual_seed out of it, or call it inside"
-                " torch.random.fork_rng()"
-            )
         if not isinstance(output, Tensor):
             output = getattr(output, "sample", output)  # as the networks of diffusers say it
         channels, batch = self.outputs * self.shape[0], len(y)
